@@ -1,0 +1,1 @@
+"""Model registry, inference, drafts, review. Empty until the issue that builds it."""

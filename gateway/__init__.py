@@ -1,0 +1,1 @@
+"""The application: composition, command line, HTTP front. Sees all packages."""

@@ -1,0 +1,1 @@
+"""The DICOM archive: ingest, query, retrieve, DIMSE, DICOMweb."""

@@ -1,0 +1,1 @@
+"""The DICOM upper layer and the DIMSE services."""

@@ -1,0 +1,1 @@
+"""Values and rules of the archive; no input or output."""

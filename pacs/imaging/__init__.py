@@ -1,0 +1,1 @@
+"""Data sets, character sets, codecs: bytes in, values out."""

@@ -1,0 +1,1 @@
+"""Use cases; each is the only door for what it does."""

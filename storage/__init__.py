@@ -1,0 +1,1 @@
+"""Everything durable, and the vocabulary it is written in. Imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""Errors, identifiers, clock, limits and settings: what every package speaks."""

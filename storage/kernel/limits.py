@@ -1,0 +1,64 @@
+"""Named limits. Every loop over outside data is bounded by one of these."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+
+class Limits(BaseModel):
+    """What one request, object or peer may cost us.
+
+    A field's description is its meaning and unit; `TooLarge.limit` names it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memory_instance_bytes: int = Field(
+        4 * MIB, ge=64 * KIB, description="larger instances get a pack of their own"
+    )
+    instance_bytes: int = Field(
+        16 * GIB, ge=KIB, description="one data set as received"
+    )
+    command_bytes: int = Field(64 * KIB, ge=KIB, description="one DIMSE command set")
+    identifier_bytes: int = Field(
+        1 * MIB, ge=KIB, description="one C-FIND/C-MOVE/N-ACTION data set"
+    )
+    sequence_depth: int = Field(64, ge=1, description="nesting of sequences")
+    elements: int = Field(
+        1_000_000, ge=100, description="elements of one data set, nested ones counted"
+    )
+    inflated_bytes: int = Field(
+        1 * GIB, ge=KIB, description="a deflated data set, once inflated"
+    )
+    inflation_ratio: int = Field(
+        100, ge=2, description="inflated size over deflated size, above 1 MiB"
+    )
+    pdu_bytes: int = Field(
+        256 * KIB, ge=4 * KIB, description="maximum PDU length we announce and accept"
+    )
+    associate_pdu_bytes: int = Field(
+        256 * KIB, ge=4 * KIB, description="an A-ASSOCIATE-RQ"
+    )
+    request_bytes: int = Field(64 * GIB, ge=KIB, description="one HTTP request body")
+    request_parts: int = Field(100_000, ge=1, description="parts of one STOW request")
+    part_header_bytes: int = Field(16 * KIB, ge=256, description="headers of one part")
+    query_limit: int = Field(1000, ge=1, description="rows of one QIDO answer")
+    find_results: int = Field(
+        200_000, ge=1, description="matches of one C-FIND before A700"
+    )
+    move_instances: int = Field(
+        65_535, ge=1, description="sub-operations of one C-MOVE/C-GET; US counters"
+    )
+    uid_list: int = Field(50_000, ge=1, description="UIDs of one matching key")
+    frames_list: int = Field(2_000, ge=1, description="frame numbers of one request")
+    archive_entries: int = Field(200_000, ge=1, description="entries of one ZIP")
+    archive_bytes: int = Field(64 * GIB, ge=KIB, description="a ZIP, once inflated")
+    archive_ratio: int = Field(200, ge=2, description="inflation of one ZIP entry")
+    decode_seconds: float = Field(30, gt=0, description="one decode request")
+    decode_bytes: int = Field(
+        2 * GIB, ge=MIB, description="address space a decoder may add"
+    )

@@ -1,0 +1,322 @@
+"""One typed settings tree: ``huying.toml`` and ``HUYING_*``, loaded once, frozen.
+
+Order of precedence: command line, environment (``HUYING_HTTP__PORT=8080``),
+``huying.toml`` (named by ``--config`` or ``HUYING_CONFIG``, else
+``<data>/huying.toml``), defaults. An unknown key is an error that suggests the
+nearest name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from storage.kernel.errors import InvalidParameter
+from storage.kernel.limits import GIB, MIB, Limits
+
+AeTitle = Annotated[
+    str, StringConstraints(pattern=r"^[ -\[\]-~]{1,16}$", strip_whitespace=True)
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SyncPolicy(StrEnum):
+    """When received bytes are forced to stable storage (core: packs)."""
+
+    INSTANCE = "instance"
+    ASSOCIATION = "association"
+    NONE = "none"
+
+
+class DuplicatePolicy(StrEnum):
+    """What to do with other content under a SOP Instance UID we hold."""
+
+    NEVER = "never"
+    IF_CHANGED = "if_changed"
+
+
+class Node(_Part):
+    """This machine's part in the region."""
+
+    id: str = Field("node-1", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
+    role: Literal["hospital", "city", "province", "single"] = "single"
+
+
+class Http(_Part):
+    """The web listener."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8080, ge=0, le=65535)
+    workers: int = Field(2, ge=1, le=64)
+    external_url: str = Field("", description="base of URLs we write; empty: relative")
+    idle_seconds: float = Field(60, gt=0)
+    body_seconds: float = Field(60, gt=0, description="longest wait for body bytes")
+    metrics_token: SecretStr = SecretStr("")
+
+
+class AeSettings(_Part):
+    """One of our AE titles and the tenant its arrivals belong to."""
+
+    title: AeTitle
+    tenant: str = "default"
+
+
+class PeerSettings(_Part):
+    """A remote AE known from the configuration file."""
+
+    title: AeTitle
+    host: str = ""
+    port: int = Field(0, ge=0, le=65535)
+    tenant: str = ""
+    may: frozenset[Literal["echo", "store", "find", "get", "move", "commit"]] = (
+        frozenset({"echo", "store"})
+    )
+    tls: bool = False
+
+
+class DimseTls(_Part):
+    """The TLS listener; off while `port` is 0."""
+
+    port: int = Field(0, ge=0, le=65535)
+    certificate: Path | None = None
+    key: Path | None = None
+    client_ca: Path | None = Field(
+        None, description="when set, clients must present a certificate it signed"
+    )
+
+
+class Dimse(_Part):
+    """The DICOM listener."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(11112, ge=0, le=65535)
+    aet: AeTitle = "HUYING"
+    aes: tuple[AeSettings, ...] = ()
+    peers: tuple[PeerSettings, ...] = ()
+    workers: int = Field(2, ge=1, le=16)
+    max_associations: int = Field(100, ge=1, le=10_000)
+    max_associations_per_ae: int = Field(50, ge=1, le=10_000)
+    acse_seconds: float = Field(30, gt=0)
+    idle_seconds: float = Field(60, gt=0, description="between messages")
+    read_seconds: float = Field(60, gt=0, description="inside one message")
+    write_seconds: float = Field(60, gt=0, description="a peer that does not read")
+    tls: DimseTls = DimseTls()
+
+
+class Database(_Part):
+    """SQLite in the data folder, or any SQLAlchemy URL."""
+
+    url: SecretStr = SecretStr("")
+    pool_size: int = Field(5, ge=1)
+
+
+class Packs(_Part):
+    """Append-only files that hold received instances."""
+
+    sync: SyncPolicy = SyncPolicy.INSTANCE
+    roll_bytes: int = Field(1 * GIB, ge=64 * 1024)
+    min_free_bytes: int = Field(
+        512 * MIB, ge=0, description="answer A700/507 when less is free"
+    )
+    seal: bool = True
+    seal_grace_seconds: float = Field(900, ge=0, description="longest read")
+    rewrite_seconds: float = Field(
+        86_400, ge=0, description="deadline for erasing deleted bytes"
+    )
+
+
+class S3(_Part):
+    """An S3 service for sealed packs."""
+
+    endpoint: str = ""
+    bucket: str = "huying"
+    access_key: SecretStr = SecretStr("")
+    secret_key: SecretStr = SecretStr("")
+    secure: bool = True
+    region: str = "us-east-1"
+    timeout_seconds: float = Field(10, gt=0)
+
+
+class Objects(_Part):
+    """Where sealed packs live."""
+
+    kind: Literal["files", "s3"] = "files"
+    s3: S3 = S3()
+
+
+class Pacs(_Part):
+    """Rules of the archive."""
+
+    settle_seconds: float = Field(60, ge=0)
+    duplicates: DuplicatePolicy = DuplicatePolicy.NEVER
+    lenient_uids: bool = Field(False, description="accept illegal UIDs, flagged")
+    require_patient_id: bool = Field(False, description="else accepted and flagged")
+    accept_files_without_preamble: bool = Field(False, description="import only")
+    permanent_delete: bool = Field(True, description="DELETE tombstones and erases")
+    decoders: int = Field(1, ge=1, le=32, description="decoder processes per process")
+
+
+class Log(_Part):
+    """Logging."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    json_lines: bool = True
+
+
+class Settings(_Part):
+    """All settings of a node."""
+
+    data: Path = Path("data")
+    open: bool = Field(False, description="no logins; loopback only")
+    node: Node = Node()
+    http: Http = Http()
+    dimse: Dimse = Dimse()
+    database: Database = Database()
+    packs: Packs = Packs()
+    objects: Objects = Objects()
+    pacs: Pacs = Pacs()
+    log: Log = Log()
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _open_is_loopback_only(self) -> Self:
+        if self.open:
+            for name, host in (("http", self.http.host), ("dimse", self.dimse.host)):
+                if not is_loopback(host):
+                    raise ValueError(
+                        f"open: refused, {name}.host {host} is not a loopback address"
+                    )
+        return self
+
+    def database_url(self) -> str:
+        """Return the SQLAlchemy URL of the index."""
+        configured = self.database.url.get_secret_value()
+        return configured or f"sqlite:///{self.data.resolve() / 'index.db'}"
+
+    @property
+    def embedded(self) -> bool:
+        """True while the index is SQLite."""
+        return self.database_url().startswith("sqlite")
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether `host` names this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load_settings(
+    config: Path | None = None,
+    *,
+    overrides: dict[str, Any] | None = None,
+    environ: dict[str, str] | None = None,
+) -> Settings:
+    """Read file and environment, apply `overrides`, validate.
+
+    Parameters
+    ----------
+    config : Path, optional
+        ``huying.toml``; must exist when named here or in ``HUYING_CONFIG``.
+    overrides : dict, optional
+        Nested mapping with the highest precedence (the command line).
+    environ : dict, optional
+        For tests; else the process environment.
+
+    Raises
+    ------
+    InvalidParameter
+        With one sentence per wrong key, and the nearest right name.
+    """
+    env = dict(os.environ) if environ is None else environ
+    overrides = overrides or {}
+    if config is None and env.get("HUYING_CONFIG"):
+        config = Path(env["HUYING_CONFIG"])
+    tree: dict[str, Any] = {}
+    from_env = _environment_tree(env)
+    if config is None:
+        folder = overrides.get("data") or from_env.get("data") or "data"
+        candidate = Path(folder) / "huying.toml"
+        config = candidate if candidate.is_file() else None
+    if config is not None:
+        try:
+            tree = tomllib.loads(config.read_text("utf-8"))
+        except OSError as error:
+            raise InvalidParameter("config", f"{config}: {error.strerror}") from error
+        except ValueError as error:
+            raise InvalidParameter("config", f"{config}: {error}") from error
+    _merge(tree, from_env)
+    _merge(tree, overrides)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise InvalidParameter("settings", _explain(error)) from error
+
+
+def _environment_tree(env: dict[str, str]) -> dict[str, Any]:
+    """Turn ``HUYING_HTTP__PORT=8080`` into ``{"http": {"port": "8080"}}``."""
+    tree: dict[str, Any] = {}
+    for name, value in env.items():
+        if not name.startswith("HUYING_") or name == "HUYING_CONFIG":
+            continue
+        *path, leaf = name.removeprefix("HUYING_").lower().split("__")
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[leaf] = value
+    return tree
+
+
+def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """Say what is wrong, one sentence per problem, with the nearest known key."""
+    sentences = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(path, known_keys(), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            sentences.append(f"{path} is not a setting{hint}")
+        else:
+            sentences.append(f"{path}: {problem['msg']}" if path else problem["msg"])
+    return "; ".join(sentences)
+
+
+def known_keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """Return the dotted name of every setting."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys += known_keys(annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys

@@ -1,0 +1,1 @@
+"""Object stores: one protocol, files and S3 behind it."""

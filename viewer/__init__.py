@@ -1,0 +1,1 @@
+"""The web application and the small server side it needs."""
