@@ -1,0 +1,193 @@
+"""Connections to the index: SQLite in the data folder, or PostgreSQL.
+
+Three ways in, by what a commit promises:
+
+* `read`   a consistent snapshot; never writes.
+* `write`  commits with full sync: accounts, relay, deletions, jobs.
+* `ingest` commits without waiting for the disk, because the synced pack is the log
+  the index derives from (`synchronous=NORMAL`, ``synchronous_commit=off``).
+
+Open one `Database` per process, after forking.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.pool import NullPool, QueuePool
+
+from storage.kernel.errors import DependencyDown, StorageFull
+
+BUSY_TIMEOUT_MS = 30_000
+#: The worker checkpoints; this is only the fallback while it is down.
+WAL_AUTOCHECKPOINT_PAGES = 25_000
+
+
+class Database:
+    """The index database of one process.
+
+    Parameters
+    ----------
+    url : str
+        SQLAlchemy URL.
+    pool_size : int
+        Connections kept for `read` and `write` each.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 5) -> None:
+        parsed = make_url(url)
+        if parsed.get_backend_name() == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        self.url = parsed
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        self._thread_lock = threading.Lock()
+        self._lock_fd: int | None = None
+        if self.is_sqlite:
+            path = Path(parsed.database or "")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock_path = path.with_suffix(".lock")
+            self._reader = self._sqlite("DEFERRED", "FULL", pool_size)
+            self._writer = self._sqlite("IMMEDIATE", "FULL", 1)
+            self._ingest = self._sqlite("IMMEDIATE", "NORMAL", 1)
+        else:
+            self._reader = self._writer = self._ingest = create_engine(
+                parsed,
+                pool_size=pool_size,
+                max_overflow=pool_size * 2,
+                pool_pre_ping=True,
+                connect_args={"connect_timeout": 10},
+            )
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of full-sync writes, for migrations and tools."""
+        return self._writer
+
+    def _sqlite(self, begin: str, synchronous: str, size: int) -> Engine:
+        engine = create_engine(
+            self.url,
+            poolclass=QueuePool,
+            pool_size=size,
+            max_overflow=20,
+            connect_args={"check_same_thread": False, "timeout": BUSY_TIMEOUT_MS / 1e3},
+        )
+
+        @event.listens_for(engine, "connect")
+        def _configure(connection: sqlite3.Connection, _record: object) -> None:
+            # SQLAlchemy's begin event below opens transactions, not the driver.
+            connection.isolation_level = None
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA journal_mode=WAL")
+            cursor.execute(f"PRAGMA synchronous={synchronous}")
+            cursor.execute("PRAGMA foreign_keys=ON")
+            cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+            cursor.execute("PRAGMA cache_size=-8000")
+            cursor.execute(f"PRAGMA wal_autocheckpoint={WAL_AUTOCHECKPOINT_PAGES}")
+            cursor.close()
+
+        @event.listens_for(engine, "begin")
+        def _begin(connection: Connection) -> None:
+            connection.exec_driver_sql(f"BEGIN {begin}")
+
+        return engine
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """Yield a connection that sees one snapshot.
+
+        Raises
+        ------
+        DependencyDown
+            If the database does not answer.
+        """
+        with _translated(), self._reader.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """Yield a connection in a transaction; commit with full sync on exit."""
+        with _translated(), self._serialised(), self._writer.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def ingest(self) -> Iterator[Connection]:
+        """Yield a connection in a transaction that need not be synced."""
+        with _translated(), self._serialised(), self._ingest.begin() as connection:
+            if not self.is_sqlite:
+                connection.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
+            yield connection
+
+    @contextmanager
+    def _serialised(self) -> Iterator[None]:
+        """Queue writers of all processes on a file lock.
+
+        SQLite's own busy handler polls with growing sleeps; a blocking lock wakes
+        the next writer at once.
+        """
+        if not self.is_sqlite:
+            yield
+            return
+        with self._thread_lock:
+            if self._lock_fd is None:
+                self._lock_fd = os.open(
+                    self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+                )
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+
+    def checkpoint(self) -> None:
+        """Move SQLite's write-ahead log into the database file; a no-op elsewhere."""
+        if self.is_sqlite:
+            with _translated(), self._reader.connect() as connection:
+                raw = connection.connection.driver_connection
+                raw.execute("PRAGMA wal_checkpoint(PASSIVE)")  # type: ignore[union-attr]
+
+    def ping(self) -> None:
+        """Read and write once.
+
+        Raises
+        ------
+        DependencyDown
+        """
+        with self.read() as connection:
+            connection.execute(text("SELECT 1"))
+
+    def close(self) -> None:
+        for engine in {self._reader, self._writer, self._ingest}:
+            engine.dispose()
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn a database that is down or full into our own errors."""
+    try:
+        yield
+    except OperationalError as error:
+        detail = str(error.orig)
+        if "full" in detail or "disk I/O" in detail or "No space" in detail:
+            raise StorageFull("database: no space left") from error
+        raise DependencyDown("database does not answer") from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise DependencyDown("database connection lost") from error
+        raise
+
+
+def one_off(url: str) -> Engine:
+    """Return an engine without a pool, for migrations and checks."""
+    return create_engine(url, poolclass=NullPool)
