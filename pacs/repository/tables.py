@@ -191,7 +191,7 @@ class FrameTableRow(Base):
     instance_pk: Mapped[int] = mapped_column(
         ForeignKey("instance.id", ondelete="CASCADE"), primary_key=True
     )
-    table: Mapped[bytes] = mapped_column(LargeBinary)
+    table_bytes: Mapped[bytes] = mapped_column(LargeBinary)
 
 
 class SeriesMetadata(Base):

@@ -20,12 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool, QueuePool
 
-from storage.kernel.errors import DependencyDown, StorageFull
+from storage.kernel.errors import DependencyDown, LostRace, StorageFull
 
 BUSY_TIMEOUT_MS = 30_000
 #: The worker checkpoints; this is only the fallback while it is down.
@@ -178,14 +179,29 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
-        detail = str(error.orig)
-        if "full" in detail or "disk I/O" in detail or "No space" in detail:
+        if isinstance(
+            error.orig,
+            psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure,
+        ):
+            raise LostRace("database: lost a race") from error
+        if _is_full(str(error.orig)):
             raise StorageFull("database: no space left") from error
         raise DependencyDown("database does not answer") from error
     except DBAPIError as error:
         if error.connection_invalidated:
             raise DependencyDown("database connection lost") from error
         raise
+    except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure) as e:
+        raise LostRace("database: lost a race") from e
+    except (sqlite3.OperationalError, psycopg.OperationalError) as error:
+        # Raised by statements that went to the driver directly.
+        if _is_full(str(error)):
+            raise StorageFull("database: no space left") from error
+        raise DependencyDown("database does not answer") from error
+
+
+def _is_full(detail: str) -> bool:
+    return "full" in detail or "disk I/O" in detail or "No space" in detail
 
 
 def one_off(url: str) -> Engine:

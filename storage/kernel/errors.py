@@ -14,6 +14,7 @@
   + Unavailable           our side is short of something; retry later
     - StorageFull           the free-space guard or the disk said no
     - DependencyDown        database, object store or peer does not answer
+    - LostRace              a concurrent transaction won; doing it again can help
     - CorruptData           stored bytes are not the bytes that were stored
 
 Branches say what the caller can do: fix the input, look elsewhere, wait, ask for
@@ -176,6 +177,12 @@ class DependencyDown(Unavailable):
     """A database, object store or peer does not answer."""
 
     code = "unavailable.dependency"
+
+
+class LostRace(Unavailable):
+    """A concurrent transaction won. The same work, done again, can succeed."""
+
+    code = "unavailable.lost_race"
 
 
 class CorruptData(Unavailable):
