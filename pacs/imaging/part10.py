@@ -129,9 +129,7 @@ def _read_elements(buffer: Buffer, position: int, *, complete: bool) -> FileMeta
     uid = _text(values.get(0x10, b""))
     if not uid:
         raise MalformedObject("Transfer Syntax UID is missing", 0x00020010)
-    return FileMeta(
-        _text(values.get(2, b"")), _text(values.get(3, b"")), uid, position
-    )
+    return FileMeta(_text(values.get(2, b"")), _text(values.get(3, b"")), uid, position)
 
 
 def _cut_off(size: int, *, complete: bool) -> None:

@@ -22,7 +22,7 @@ _STANDARD_ROOT = "1.2.840.10008."
 @cache
 def storage_classes() -> tuple[str, ...]:
     """Return the storage SOP classes of the dictionary, retired ones too, sorted."""
-    from pydicom._uid_dict import UID_dictionary  # noqa: PLC0415, PLC2701 - slow import
+    from pydicom._uid_dict import UID_dictionary  # noqa: PLC0415 - slow import
 
     return tuple(
         sorted(

@@ -48,11 +48,15 @@ _TABLE = (
         f"{_P}.4.51", "JPEG Extended (2, 4)", lossy=True, media_type="image/jpeg"
     ),
     TransferSyntax(
-        f"{_P}.4.53", "JPEG Spectral Selection (6, 8)", lossy=True,
+        f"{_P}.4.53",
+        "JPEG Spectral Selection (6, 8)",
+        lossy=True,
         media_type="image/jpeg",
     ),  # fmt: skip
     TransferSyntax(
-        f"{_P}.4.55", "JPEG Full Progression (10, 12)", lossy=True,
+        f"{_P}.4.55",
+        "JPEG Full Progression (10, 12)",
+        lossy=True,
         media_type="image/jpeg",
     ),  # fmt: skip
     TransferSyntax(f"{_P}.4.57", "JPEG Lossless (14)", media_type="image/jpeg"),
@@ -64,32 +68,52 @@ _TABLE = (
     TransferSyntax(f"{_P}.4.90", "JPEG 2000 Lossless", media_type="image/jp2"),
     TransferSyntax(f"{_P}.4.91", "JPEG 2000", lossy=True, media_type="image/jp2"),
     TransferSyntax(
-        f"{_P}.4.92", "JPEG 2000 Part 2 Lossless", media_type="image/jpx",
+        f"{_P}.4.92",
+        "JPEG 2000 Part 2 Lossless",
+        media_type="image/jpx",
         decodes=False,
     ),  # fmt: skip
     TransferSyntax(
-        f"{_P}.4.93", "JPEG 2000 Part 2", lossy=True, media_type="image/jpx",
+        f"{_P}.4.93",
+        "JPEG 2000 Part 2",
+        lossy=True,
+        media_type="image/jpx",
         decodes=False,
     ),  # fmt: skip
     TransferSyntax(
-        f"{_P}.4.100", "MPEG2 MP@ML", lossy=True, media_type="video/mpeg",
+        f"{_P}.4.100",
+        "MPEG2 MP@ML",
+        lossy=True,
+        media_type="video/mpeg",
         decodes=False,
     ),  # fmt: skip
     TransferSyntax(
-        f"{_P}.4.100.1", "Fragmentable MPEG2 MP@ML", lossy=True,
-        media_type="video/mpeg", decodes=False,
-    ),  # fmt: skip
-    TransferSyntax(
-        f"{_P}.4.101", "MPEG2 MP@HL", lossy=True, media_type="video/mpeg",
+        f"{_P}.4.100.1",
+        "Fragmentable MPEG2 MP@ML",
+        lossy=True,
+        media_type="video/mpeg",
         decodes=False,
     ),  # fmt: skip
     TransferSyntax(
-        f"{_P}.4.101.1", "Fragmentable MPEG2 MP@HL", lossy=True,
-        media_type="video/mpeg", decodes=False,
+        f"{_P}.4.101",
+        "MPEG2 MP@HL",
+        lossy=True,
+        media_type="video/mpeg",
+        decodes=False,
+    ),  # fmt: skip
+    TransferSyntax(
+        f"{_P}.4.101.1",
+        "Fragmentable MPEG2 MP@HL",
+        lossy=True,
+        media_type="video/mpeg",
+        decodes=False,
     ),  # fmt: skip
     *(
         TransferSyntax(
-            f"{_P}.4.{number}", name, lossy=True, media_type="video/mp4",
+            f"{_P}.4.{number}",
+            name,
+            lossy=True,
+            media_type="video/mp4",
             decodes=False,
         )  # fmt: skip
         for number, name in (
@@ -109,7 +133,9 @@ _TABLE = (
     ),
     TransferSyntax(f"{_P}.4.110", "JPEG XL Lossless", media_type="image/jxl"),
     TransferSyntax(
-        f"{_P}.4.111", "JPEG XL JPEG Recompression", lossy=True,
+        f"{_P}.4.111",
+        "JPEG XL JPEG Recompression",
+        lossy=True,
         media_type="image/jxl",
     ),  # fmt: skip
     TransferSyntax(f"{_P}.4.112", "JPEG XL", lossy=True, media_type="image/jxl"),

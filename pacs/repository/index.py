@@ -411,7 +411,9 @@ class IndexWriter:
         self._series[row.key] = found
         return found, made
 
-    def _find_parents(self, run: Callable[..., _Cursor], key: ParentKey) -> _Known | None:
+    def _find_parents(
+        self, run: Callable[..., _Cursor], key: ParentKey
+    ) -> _Known | None:
         study = run(
             "SELECT id, patient_pk, patient_id, issuer, modalities, sop_classes"
             " FROM study WHERE tenant=? AND study_instance_uid=?",

@@ -112,7 +112,9 @@ def by_keys(
     if not given:
         return []
     longest = max(given, key=lambda pair: len(pair[1]))
-    others = [column.in_(values) for column, values in given if column is not longest[0]]
+    others = [
+        column.in_(values) for column, values in given if column is not longest[0]
+    ]
     found: list[StoredInstance] = []
     for chunk in _chunks(longest[1]):
         query = _JOINED.where(

@@ -197,9 +197,7 @@ def _unsigned(values: Mapping[int, Any], tag: int, found: Scan) -> int | None:
     return int.from_bytes(raw, found.byte_order)
 
 
-def _frames(
-    found: Scan, values: Mapping[int, Any]
-) -> tuple[int | None, bytes | None]:
+def _frames(found: Scan, values: Mapping[int, Any]) -> tuple[int | None, bytes | None]:
     """Return Number of Frames and the offsets of encapsulated frames.
 
     Offsets count from the first data set byte. Native frames need no table, and

@@ -268,7 +268,8 @@ class RetrieveService:
         """
         source = self._frames(instance)
         data = b"".join(
-            source.read(offset, length) for offset, length in source.table.ranges(number)
+            source.read(offset, length)
+            for offset, length in source.table.ranges(number)
         )
         stored = instance.transfer_syntax_uid
         syntax = syntaxes.get(stored)
@@ -293,9 +294,7 @@ class RetrieveService:
         start = instance.dataset_offset
         if syntax.deflated:
             body = inflate(memoryview(self._dataset_bytes(instance)), self._limits)
-            found = scan(
-                body, 0, len(body), instance.transfer_syntax_uid, self._limits
-            )
+            found = scan(body, 0, len(body), instance.transfer_syntax_uid, self._limits)
             return _FrameSource(
                 frame_ranges(found, instance.number_of_frames or 1),
                 lambda offset, length: bytes(body[offset : offset + length]),
@@ -313,9 +312,7 @@ class RetrieveService:
             if packed is not None:
                 return _FrameSource(FrameTable.unpack(packed), read, None)
             body = self._dataset_bytes(instance)
-            found = scan(
-                body, 0, len(body), instance.transfer_syntax_uid, self._limits
-            )
+            found = scan(body, 0, len(body), instance.transfer_syntax_uid, self._limits)
             table = frame_ranges(found, instance.number_of_frames or 1)
             return _FrameSource(table, read, found)
         return _FrameSource(
@@ -347,7 +344,11 @@ class RetrieveService:
         syntax = syntaxes.get(instance.transfer_syntax_uid)
         uid = instance.transfer_syntax_uid
         return scan(
-            head, 0, len(head), EXPLICIT_LE if syntax.encapsulated else uid, self._limits
+            head,
+            0,
+            len(head),
+            EXPLICIT_LE if syntax.encapsulated else uid,
+            self._limits,
         )
 
     def metadata(self, instance: StoredInstance) -> bytes:
@@ -358,9 +359,7 @@ class RetrieveService:
         prefix = bulkdata_prefix(instance)
         if syntax.deflated:
             body = inflate(memoryview(self._dataset_bytes(instance)), self._limits)
-            return instance_json(
-                body, 0, len(body), syntax_uid, bulkdata_prefix=prefix
-            )
+            return instance_json(body, 0, len(body), syntax_uid, bulkdata_prefix=prefix)
         head = self.read_object(instance, start, instance.header_end - start)
         text = instance_json(
             head,
@@ -476,9 +475,7 @@ class RetrieveService:
             ByteStream(len(data), _chunked((data,)), instance.transfer_syntax_uid),
         )
 
-    def _document_type(
-        self, body: bytes | memoryview, instance: StoredInstance
-    ) -> str:
+    def _document_type(self, body: bytes | memoryview, instance: StoredInstance) -> str:
         """Return MIME Type of Encapsulated Document (0042,0012) if it is one."""
         found = scan(body, 0, len(body), instance.transfer_syntax_uid, self._limits)
         raw = bytes(found.values.get(0x00420012, b"")).strip(b" \0")

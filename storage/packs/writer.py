@@ -1,0 +1,380 @@
+"""Append records to packs, and make them durable by the sync policy."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crc32c import crc32c
+
+from storage.kernel.errors import DependencyDown, ImagingError, StorageFull
+from storage.kernel.limits import MIB
+from storage.kernel.settings import SyncPolicy
+from storage.packs.format import (
+    FILE_HEADER_LENGTH,
+    Buffer,
+    Kind,
+    Location,
+    Record,
+    RecordHeader,
+    encode_file_header,
+    encode_header,
+    encode_prefix,
+    encode_record,
+    encode_trailer,
+    padding,
+)
+
+#: How long and for how many bytes one look at the free space serves.
+SPACE_CHECK_SECONDS = 1.0
+SPACE_CHECK_BYTES = 64 * MIB
+#: Buffers of one gathered write; the kernel's limit is 1024.
+MAX_GATHER = 512
+#: Suffix of packs that are being received; recovery removes them.
+PARTIAL = ".partial"
+
+
+def pack_path(folder: Path, key: str) -> Path:
+    """Return where the pack `key` lies below `folder`."""
+    return folder / key[:2] / f"{key}.pack"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A pack this process appends to."""
+
+    key: str
+    path: Path
+    fd: int
+    size: int
+    fresh: bool = True
+    unsynced: bool = False
+
+
+@dataclass(slots=True)
+class SpaceGuard:
+    """Say no before the disk is full.
+
+    Attributes
+    ----------
+    min_free_bytes : int
+        What must stay free after a write.
+    """
+
+    folder: Path
+    min_free_bytes: int
+    _checked_at: float = field(default=0.0)
+    _room: int = field(default=0)
+
+    def require(self, size_bytes: int) -> None:
+        """Raise StorageFull when `size_bytes` more would leave too little."""
+        now = time.monotonic()
+        stale = now - self._checked_at > SPACE_CHECK_SECONDS
+        if stale or self._room < size_bytes + SPACE_CHECK_BYTES:
+            self._room = shutil.disk_usage(self.folder).free - self.min_free_bytes
+            self._checked_at = now
+        if self._room < size_bytes:
+            raise StorageFull("less free space than the guard keeps back")
+        self._room -= size_bytes
+
+
+class PackWriter:
+    """The packs one process appends to: one open pack for each tenant.
+
+    A single leader calls `append`; `open_large` and `check_space` may be called
+    from any thread.
+
+    Parameters
+    ----------
+    folder : Path
+        Created when missing.
+    roll_bytes : int
+        A pack is closed once it is this long.
+    sync : SyncPolicy
+    min_free_bytes : int
+    on_closed : callable, optional
+        Gets the key and length of each pack that no longer grows.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        roll_bytes: int,
+        sync: SyncPolicy = SyncPolicy.INSTANCE,
+        min_free_bytes: int = 0,
+        on_closed: Callable[[str, int], None] | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._roll_bytes = roll_bytes
+        self._policy = sync
+        self._guard = SpaceGuard(folder, min_free_bytes)
+        self._on_closed = on_closed
+        self._open: dict[str, _Open] = {}
+        self._lock = threading.Lock()
+
+    def check_space(self) -> None:
+        """Raise StorageFull while the free-space guard says no."""
+        self._guard.require(0)
+
+    def append(self, records: Sequence[Record]) -> list[Location]:
+        """Write `records` in order and sync once; return where they lie.
+
+        After return they survive a power cut (policy ``instance``). On an error
+        none of them is in a pack.
+
+        Raises
+        ------
+        StorageFull, DependencyDown
+        """
+        with self._lock:
+            return self._append(records)
+
+    def _append(self, records: Sequence[Record]) -> list[Location]:
+        placed: dict[int, Location] = {}
+        touched: dict[str, tuple[_Open, int]] = {}
+        try:
+            for tenant, indices in _by_tenant(records):
+                pack = self._pack(tenant)
+                touched[tenant] = (pack, pack.size)
+                written = self._write(pack, [records[i] for i in indices])
+                placed.update(zip(indices, written, strict=True))
+            if self._policy is SyncPolicy.INSTANCE:
+                for pack, _ in touched.values():
+                    self._sync(pack)
+            else:
+                for pack, _ in touched.values():
+                    pack.unsynced = True
+        except (OSError, ImagingError) as error:
+            for tenant, (pack, size) in touched.items():
+                self._cut(tenant, pack, size)
+            if isinstance(error, OSError):
+                raise _translated(error) from error
+            raise
+        for tenant, (pack, _) in touched.items():
+            if pack.size >= self._roll_bytes:
+                self._close(tenant)
+        return [placed[i] for i in range(len(records))]
+
+    def append_tombstones(self, headers: Iterable[RecordHeader]) -> None:
+        """Record deletions; synced under every policy."""
+        records = [Record(header, (), bytes(32), Kind.TOMBSTONE) for header in headers]
+        self.append(records)
+        self.sync()
+
+    def sync(self) -> None:
+        """Make everything appended so far durable, whatever the policy."""
+        with self._lock:
+            for pack in self._open.values():
+                if pack.unsynced:
+                    try:
+                        self._sync(pack)
+                    except OSError as error:
+                        raise _translated(error) from error
+
+    def open_large(self, header: RecordHeader) -> LargeRecord:
+        """Start a pack of its own for an object too large for memory."""
+        self.check_space()
+        try:
+            return LargeRecord(self._folder, header, self._guard)
+        except OSError as error:
+            raise _translated(error) from error
+
+    def close(self) -> None:
+        """Sync and close all packs; a later append opens new ones."""
+        with self._lock:
+            for tenant in list(self._open):
+                self._close(tenant)
+
+    def _pack(self, tenant: str) -> _Open:
+        pack = self._open.get(tenant)
+        if pack is None:
+            pack = self._open[tenant] = self._create()
+        return pack
+
+    def _create(self) -> _Open:
+        key = uuid.uuid4().hex
+        path = pack_path(self._folder, key)
+        path.parent.mkdir(exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        # The lock tells recovery in another process that this pack is alive.
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _write_all(fd, [encode_file_header(key)], 0)
+        return _Open(key, path, fd, FILE_HEADER_LENGTH)
+
+    def _write(self, pack: _Open, records: Sequence[Record]) -> list[Location]:
+        buffers: list[Buffer] = []
+        locations = []
+        position = pack.size
+        for record in records:
+            parts, length, start = encode_record(record)
+            size = sum(map(len, record.parts))
+            locations.append(Location(pack.key, position, position + start, size))
+            buffers += parts
+            position += length
+        self._guard.require(position - pack.size)
+        _write_all(pack.fd, buffers, pack.size)
+        pack.size = position
+        return locations
+
+    def _sync(self, pack: _Open) -> None:
+        os.fdatasync(pack.fd)
+        if pack.fresh:
+            sync_folder(pack.path.parent)
+            sync_folder(self._folder)
+            pack.fresh = False
+        pack.unsynced = False
+
+    def _cut(self, tenant: str, pack: _Open, size: int) -> None:
+        """Take back what a failed append wrote; give the pack up if even that fails."""
+        try:
+            os.ftruncate(pack.fd, size)
+        except OSError:
+            self._open.pop(tenant, None)
+            os.close(pack.fd)
+            return
+        pack.size = size
+
+    def _close(self, tenant: str) -> None:
+        pack = self._open.pop(tenant)
+        try:
+            self._sync(pack)
+        except OSError as error:
+            raise _translated(error) from error
+        finally:
+            os.close(pack.fd)
+        if self._on_closed is not None:
+            self._on_closed(pack.key, pack.size)
+
+
+class LargeRecord:
+    """One object on its way into a pack of its own.
+
+    Until `finish` the file carries the suffix ``.partial``; a crash leaves nothing
+    that recovery would take for an object.
+    """
+
+    def __init__(self, folder: Path, header: RecordHeader, guard: SpaceGuard) -> None:
+        self.key = uuid.uuid4().hex
+        self._path = pack_path(folder, self.key)
+        self._partial = self._path.with_suffix(PARTIAL)
+        self._guard = guard
+        self._header = encode_header(header)
+        self._path.parent.mkdir(exist_ok=True)
+        self._fd: int | None = os.open(
+            self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640
+        )
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._crc = 0
+        self.object_length = 0
+        prefix = encode_prefix(Kind.OBJECT, self._header, 0)
+        start = [encode_file_header(self.key), prefix, self._header]
+        self.object_offset = sum(map(len, start))
+        _write_all(self._fd, start, 0)
+        self._finished = False
+
+    def write(self, data: Buffer) -> None:
+        """Append object bytes.
+
+        Raises
+        ------
+        StorageFull, DependencyDown
+        """
+        if self._fd is None:
+            raise DependencyDown("the record is closed")
+        self._guard.require(len(data))
+        try:
+            _write_all(self._fd, [data], self.object_offset + self.object_length)
+        except OSError as error:
+            raise _translated(error) from error
+        self._crc = crc32c(data, self._crc)
+        self.object_length += len(data)
+
+    def mmap(self) -> mmap.mmap:
+        """Map the file as written so far, read-only."""
+        if self._fd is None:
+            raise DependencyDown("the record is closed")
+        length = self.object_offset + self.object_length
+        return mmap.mmap(self._fd, length, access=mmap.ACCESS_READ)
+
+    def finish(self, digest: bytes) -> Location:
+        """Complete, sync and name the pack; return where the object lies."""
+        fd = self._fd
+        if fd is None:
+            raise DependencyDown("the record is closed")
+        end = encode_trailer(self._crc, self.object_length, digest)
+        position = self.object_offset + self.object_length
+        pad = bytes(padding(position + len(end) - FILE_HEADER_LENGTH))
+        prefix = encode_prefix(Kind.OBJECT, self._header, self.object_length)
+        try:
+            _write_all(fd, [end, pad], position)
+            _write_all(fd, [prefix], FILE_HEADER_LENGTH)
+            os.fdatasync(fd)
+            self._partial.rename(self._path)
+            sync_folder(self._path.parent)
+            sync_folder(self._path.parent.parent)
+        except OSError as error:
+            raise _translated(error) from error
+        self._finished = True
+        os.close(fd)
+        self._fd = None
+        return Location(
+            self.key, FILE_HEADER_LENGTH, self.object_offset, self.object_length
+        )
+
+    def discard(self) -> None:
+        """Unlink a finished pack that nothing refers to."""
+        self._path.unlink(missing_ok=True)
+
+    def abort(self) -> None:
+        """Leave nothing behind; harmless once finished."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        if not self._finished:
+            self._partial.unlink(missing_ok=True)
+
+
+def _by_tenant(records: Sequence[Record]) -> list[tuple[str, list[int]]]:
+    """Return the indices of `records`, grouped by tenant."""
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(record.header.tenant, []).append(index)
+    return list(groups.items())
+
+
+def _write_all(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+    """Write all of `buffers` at `offset`, however the kernel cuts it."""
+    pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
+    while pending:
+        written = os.pwritev(fd, pending[:MAX_GATHER], offset)
+        offset += written
+        while pending and written >= len(pending[0]):
+            written -= len(pending.pop(0))
+        if written:
+            pending[0] = pending[0][written:]
+
+
+def _translated(error: OSError) -> ImagingError:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return StorageFull("no space left for packs")
+    return DependencyDown(f"pack storage: {error.strerror}")
