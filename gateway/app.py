@@ -6,21 +6,17 @@ build what they need after forking, so that no connection, thread or lock crosse
 
 from __future__ import annotations
 
-import signal
-import socket
-import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pacs.services.describe import Rules
 from pacs.services.deletion import DeletionService
-from pacs.services.ingest import IngestService
 from pacs.services.peers import PeerService
-from pacs.services.policy import AccessPolicy
 from pacs.services.query import QueryService
-from pacs.services.retrieve import RetrieveService
 from pacs.services.settling import Settling
+
+from pacs.services.ingest import IngestService
+from pacs.services.policy import AccessPolicy
+from pacs.services.retrieve import RetrieveService
 from storage.db.engine import Database
 from storage.kernel.clock import SystemClock
 from storage.kernel.settings import Settings
@@ -29,7 +25,7 @@ from storage.packs.reader import PackReader
 from storage.packs.writer import PackWriter
 
 if TYPE_CHECKING:
-    from pacs.dimse.server import AssociationCounts
+    pass
 
 
 @dataclass(slots=True)

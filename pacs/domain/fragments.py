@@ -44,7 +44,7 @@ def _optional(parts: Iterable[tuple[str, str]]) -> list[str]:
     return [rendered for text, rendered in parts if text]
 
 
-def study_fragment(  # noqa: PLR0913 - one argument for each attribute
+def study_fragment(
     *,
     study_date: str,
     study_time: str,
@@ -85,7 +85,7 @@ def study_fragment(  # noqa: PLR0913 - one argument for each attribute
     return ",".join(members)
 
 
-def series_fragment(  # noqa: PLR0913 - one argument for each attribute
+def series_fragment(
     *,
     modality: str,
     series_description: str,

@@ -116,9 +116,9 @@ def decoder(raw: bytes) -> Charset:
 
 def _decode_iso2022(raw: bytes, terms: tuple[str, ...], *, is_name: bool) -> str:
     """Decode with code extensions (PS3.3 C.12.1.1.2)."""
-    import warnings  # noqa: PLC0415 - rare path
+    import warnings
 
-    from pydicom.charset import (  # noqa: PLC0415 - slow import
+    from pydicom.charset import (
         convert_encodings,
         decode_bytes,
     )
@@ -176,7 +176,7 @@ def normalise(text: str) -> str:
 @cache
 def _pinyin() -> object:
     """Load the dictionary once; it is large and only names with hanzi need it."""
-    import pypinyin  # noqa: PLC0415 - 30 MiB of tables
+    import pypinyin
 
     return pypinyin
 

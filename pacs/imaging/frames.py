@@ -48,7 +48,7 @@ class FrameTable:
         return cls(0)
 
     @classmethod
-    def native(  # noqa: PLR0913 - the attributes of PS3.3 C.7.6.3
+    def native(
         cls,
         start: int,
         length: int,
@@ -216,6 +216,6 @@ _STARTS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0c", b"\xff\x0a")
 
 
 def _unsigned(raw: bytes, size: int) -> array[int]:
-    numbers = array("Q" if size == 8 else "I")  # noqa: PLR2004
+    numbers = array("Q" if size == 8 else "I")
     numbers.frombytes(raw)
     return numbers

@@ -108,7 +108,7 @@ def _read_elements(buffer: Buffer, position: int, *, complete: bool) -> FileMeta
         if position + 8 > size:
             return _cut_off(size, complete=complete)
         group, number, vr, length = _HEAD.unpack_from(buffer, position)
-        if group != 2:  # noqa: PLR2004 - the group of File Meta
+        if group != 2:
             break
         value = position + 8
         if vr in _LONG:
@@ -122,7 +122,7 @@ def _read_elements(buffer: Buffer, position: int, *, complete: bool) -> FileMeta
             return _cut_off(size, complete=complete)
         values[number] = bytes(buffer[value : value + length])
         position = value + length
-        if number == 0 and length == 4:  # noqa: PLR2004 - UL
+        if number == 0 and length == 4:
             end = position + _U32.unpack(values[0])[0]
             if end > PREAMBLE + MAX_FILE_META:
                 raise MalformedObject("File Meta Information is too long", 0x00020000)
@@ -143,10 +143,10 @@ def _text(raw: bytes) -> str:
 
 def _bare(buffer: Buffer) -> FileMeta:
     """Describe a data set that comes without File Meta (import only)."""
-    if len(buffer) < 8:  # noqa: PLR2004 - one element header
+    if len(buffer) < 8:
         raise MalformedObject("not a DICOM data set")
     group, _, vr, _ = _HEAD.unpack_from(buffer, 0)
-    if group == 2:  # noqa: PLR2004
+    if group == 2:
         found = _read_elements(buffer, 0, complete=True)
         if found is not None:
             return found

@@ -22,7 +22,7 @@ _STANDARD_ROOT = "1.2.840.10008."
 @cache
 def storage_classes() -> tuple[str, ...]:
     """Return the storage SOP classes of the dictionary, retired ones too, sorted."""
-    from pydicom._uid_dict import UID_dictionary  # noqa: PLC0415 - slow import
+    from pydicom._uid_dict import UID_dictionary
 
     return tuple(
         sorted(
@@ -40,7 +40,7 @@ def is_storage(uid: str) -> bool:
     private classes: a class unknown to us is kept as a generic composite object.
     Services, well-known instances and the Media Storage Directory are not.
     """
-    if not is_uid(uid) or uid.count(".") < 3:  # noqa: PLR2004 - no real root is shorter
+    if not is_uid(uid) or uid.count(".") < 3:
         return False
     if uid.startswith(_STANDARD_ROOT):
         return uid.startswith(_STORAGE_ROOTS)

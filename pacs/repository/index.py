@@ -116,9 +116,9 @@ class _Known:
 class _Cursor(Protocol):
     rowcount: int
 
-    def fetchone(self) -> Any: ...  # noqa: ANN401 - a driver's row
-    def fetchall(self) -> Any: ...  # noqa: ANN401
-    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> Any: ...  # noqa: ANN401
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> Any: ...
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> Any: ...
 
 
 class StaleIndex(Exception):

@@ -15,8 +15,13 @@ from typing import Any
 from pacs.domain.fragments import series_fragment, study_fragment
 from pacs.domain.study import Warned
 from pacs.imaging import sopclasses, syntaxes
-from pacs.imaging.charset import Charset, decoder, normalise, pinyin_keys
-from pacs.imaging.charset import split_person_name
+from pacs.imaging.charset import (
+    Charset,
+    decoder,
+    normalise,
+    pinyin_keys,
+    split_person_name,
+)
 from pacs.imaging.dataset import Scan, inflate, request_attributes, scan
 from pacs.imaging.frames import frame_ranges
 from pacs.repository.index import InstanceRow, ParentKey, Parents
@@ -243,7 +248,7 @@ def _time(text: str) -> str | None:
     return text
 
 
-def _parents(  # noqa: PLR0913 - bound by describe, called when a parent is new
+def _parents(
     key: ParentKey,
     values: Mapping[int, Any],
     charset: Charset,

@@ -303,7 +303,7 @@ class IngestService:
         row.shift(spool.head_length)
         return row, warnings
 
-    def _header(  # noqa: PLR0913 - the fields of the record header
+    def _header(
         self,
         actor: Actor,
         source: Source,
@@ -406,6 +406,6 @@ def _size(arrival: Arrival) -> int:
 
 def header_digest(part10: memoryview, header: RecordHeader) -> Digest:
     """Return the digest kept with a record; computed when the header lacks it."""
-    import hashlib  # noqa: PLC0415
+    import hashlib
 
     return Digest(hashlib.sha256(part10[header.dataset_offset :]).digest())
