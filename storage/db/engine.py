@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool, QueuePool
 
@@ -45,9 +45,7 @@ class Database:
     """
 
     def __init__(self, url: str, *, pool_size: int = 5) -> None:
-        parsed = make_url(url)
-        if parsed.get_backend_name() == "postgresql":
-            parsed = parsed.set(drivername="postgresql+psycopg")
+        parsed = parse_url(url)
         self.url = parsed
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         self._thread_lock = threading.Lock()
@@ -204,6 +202,14 @@ def _is_full(detail: str) -> bool:
     return "full" in detail or "disk I/O" in detail or "No space" in detail
 
 
+def parse_url(url: str) -> URL:
+    """Return `url` with the driver we use for its database."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    return parsed
+
+
 def one_off(url: str) -> Engine:
     """Return an engine without a pool, for migrations and checks."""
-    return create_engine(url, poolclass=NullPool)
+    return create_engine(parse_url(url), poolclass=NullPool)

@@ -10,6 +10,7 @@
   + NotFound              nothing with that identity for this actor
   + Conflict              true now, may change: duplicate, hold, lost race
     - DuplicateInstance     the UID is taken by other content
+    - NewerSchema           the index was written by a newer version
   + NotAllowed            the caller may not do this
   + Unavailable           our side is short of something; retry later
     - StorageFull           the free-space guard or the disk said no
@@ -147,6 +148,12 @@ class DuplicateInstance(Conflict):
         super().__init__("SOP Instance UID (0008,0018) is taken by other content")
         self.sop_instance_uid = sop_instance_uid
         self.kept_digest = kept_digest
+
+
+class NewerSchema(Conflict):
+    """The index has a revision this version does not know."""
+
+    code = "conflict.newer_schema"
 
 
 class NotAllowed(ImagingError):
