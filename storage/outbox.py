@@ -319,7 +319,7 @@ class ChangeFeed:
             feed = connection.execute(select(Feed.epoch, Feed.last_position)).first()
         if feed is None:
             return 0
-        return feed.last_position - (position if feed.epoch == epoch else 0)
+        return int(feed.last_position) - (position if feed.epoch == epoch else 0)
 
     def prune(self, before_us: int, *, followers: Iterable[str]) -> int:
         """Delete events older than `before_us` that all `followers` have passed."""
