@@ -14,7 +14,6 @@ from storage.db.base import Base
 from storage.db.engine import Database, one_off
 from storage.kernel.errors import Conflict, DependencyDown, NewerSchema
 
-
 #: Importing them registers their tables.
 TABLES = (storage.db.tables, pacs.repository.tables)
 
