@@ -174,6 +174,13 @@ class Pacs(_Part):
     decoders: int = Field(1, ge=1, le=32, description="decoder processes per process")
 
 
+class Worker(_Part):
+    """The background process."""
+
+    event_days: float = Field(30, gt=0, description="how long change events are kept")
+    job_days: float = Field(7, gt=0, description="how long finished jobs are kept")
+
+
 class Log(_Part):
     """Logging."""
 
@@ -193,6 +200,7 @@ class Settings(_Part):
     packs: Packs = Packs()
     objects: Objects = Objects()
     pacs: Pacs = Pacs()
+    worker: Worker = Worker()
     log: Log = Log()
     limits: Limits = Limits()
 
@@ -210,6 +218,12 @@ class Settings(_Part):
         """Return the SQLAlchemy URL of the index."""
         configured = self.database.url.get_secret_value()
         return configured or f"sqlite:///{self.data.resolve() / 'index.db'}"
+
+    def jobs_url(self) -> str:
+        """Return the SQLAlchemy URL of the durable jobs (core: processes)."""
+        if self.embedded:
+            return f"sqlite:///{self.data.resolve() / 'jobs.db'}"
+        return self.database_url()
 
     @property
     def embedded(self) -> bool:
