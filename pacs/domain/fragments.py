@@ -36,7 +36,8 @@ def person_name(text: str) -> list[dict[str, str]]:
 
 
 def _text(tag: int, vr: str, text: str) -> str:
-    return member(tag, vr, [text] if text else [])
+    """Render text; a backslash separates values (PS3.18 F.2.4, F.2.5)."""
+    return member(tag, vr, [part or None for part in text.split("\\")] if text else [])
 
 
 def _optional(parts: Iterable[tuple[str, str]]) -> list[str]:
