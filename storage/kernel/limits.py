@@ -53,6 +53,12 @@ class Limits(BaseModel):
     move_instances: int = Field(
         65_535, ge=1, description="sub-operations of one C-MOVE/C-GET; US counters"
     )
+    matching_key_chars: int = Field(
+        1024, ge=64, description="characters of one matching key but UID lists"
+    )
+    matching_wildcards: int = Field(
+        16, ge=1, description="runs of * in one matching key"
+    )
     uid_list: int = Field(50_000, ge=1, description="UIDs of one matching key")
     frames_list: int = Field(2_000, ge=1, description="frame numbers of one request")
     archive_entries: int = Field(200_000, ge=1, description="entries of one ZIP")
