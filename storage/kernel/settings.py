@@ -56,20 +56,28 @@ class DuplicatePolicy(StrEnum):
 class Node(_Part):
     """This machine's part in the region."""
 
-    id: str = Field("node-1", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
-    role: Literal["hospital", "city", "province", "single"] = "single"
+    id: str = Field(
+        "node-1",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,31}$",
+        description="name of this host; local packs carry it",
+    )
+    role: Literal["hospital", "city", "province", "single"] = Field(
+        "single", description="switches features on; single has them all"
+    )
 
 
 class Http(_Part):
     """The web listener."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(8080, ge=0, le=65535)
-    workers: int = Field(2, ge=1, le=64)
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8080, ge=0, le=65535, description="0: any free one")
+    workers: int = Field(2, ge=1, le=64, description="processes")
     external_url: str = Field("", description="base of URLs we write; empty: relative")
-    idle_seconds: float = Field(60, gt=0)
+    idle_seconds: float = Field(60, gt=0, description="between requests")
     body_seconds: float = Field(60, gt=0, description="longest wait for body bytes")
-    metrics_token: SecretStr = SecretStr("")
+    metrics_token: SecretStr = Field(
+        SecretStr(""), description="bearer token of /metrics; empty: closed"
+    )
 
 
 class AeSettings(_Part):
@@ -95,9 +103,9 @@ class PeerSettings(_Part):
 class DimseTls(_Part):
     """The TLS listener; off while `port` is 0."""
 
-    port: int = Field(0, ge=0, le=65535)
-    certificate: Path | None = None
-    key: Path | None = None
+    port: int = Field(0, ge=0, le=65535, description="0: no TLS listener")
+    certificate: Path | None = Field(None, description="PEM, with the chain")
+    key: Path | None = Field(None, description="PEM, without pass phrase")
     client_ca: Path | None = Field(
         None, description="when set, clients must present a certificate it signed"
     )
@@ -106,15 +114,21 @@ class DimseTls(_Part):
 class Dimse(_Part):
     """The DICOM listener."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(11112, ge=0, le=65535)
-    aet: AeTitle = "HUYING"
-    aes: tuple[AeSettings, ...] = ()
-    peers: tuple[PeerSettings, ...] = ()
-    workers: int = Field(2, ge=1, le=16)
-    max_associations: int = Field(100, ge=1, le=10_000)
-    max_associations_per_ae: int = Field(50, ge=1, le=10_000)
-    acse_seconds: float = Field(30, gt=0)
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(11112, ge=0, le=65535, description="0: any free one")
+    aet: AeTitle = Field("HUYING", description="our AE title")
+    aes: tuple[AeSettings, ...] = Field(
+        (), description="more AE titles of ours, and whose arrivals they take"
+    )
+    peers: tuple[PeerSettings, ...] = Field(
+        (), description="remote AEs; more at run time with `huying peer`"
+    )
+    workers: int = Field(2, ge=1, le=16, description="processes")
+    max_associations: int = Field(100, ge=1, le=10_000, description="at a time")
+    max_associations_per_ae: int = Field(
+        50, ge=1, le=10_000, description="at a time, of one calling AE"
+    )
+    acse_seconds: float = Field(30, gt=0, description="for the whole request")
     idle_seconds: float = Field(60, gt=0, description="between messages")
     read_seconds: float = Field(60, gt=0, description="inside one message")
     write_seconds: float = Field(60, gt=0, description="a peer that does not read")
@@ -124,19 +138,26 @@ class Dimse(_Part):
 class Database(_Part):
     """SQLite in the data folder, or any SQLAlchemy URL."""
 
-    url: SecretStr = SecretStr("")
-    pool_size: int = Field(5, ge=1)
+    url: SecretStr = Field(
+        SecretStr(""), description="empty: SQLite in the data folder"
+    )
+    pool_size: int = Field(5, ge=1, description="connections of one process")
 
 
 class Packs(_Part):
     """Append-only files that hold received instances."""
 
-    sync: SyncPolicy = SyncPolicy.INSTANCE
-    roll_bytes: int = Field(1 * GIB, ge=64 * 1024)
+    sync: SyncPolicy = Field(
+        SyncPolicy.INSTANCE,
+        description="when an answer waits for the disk; weaker policies are named",
+    )
+    roll_bytes: int = Field(
+        1 * GIB, ge=64 * 1024, description="a pack this long is closed"
+    )
     min_free_bytes: int = Field(
         512 * MIB, ge=0, description="answer A700/507 when less is free"
     )
-    seal: bool = True
+    seal: bool = Field(True, description="settled series get a pack of their own")
     seal_grace_seconds: float = Field(900, ge=0, description="longest read")
     rewrite_seconds: float = Field(
         86_400, ge=0, description="deadline for erasing deleted bytes"
@@ -146,27 +167,31 @@ class Packs(_Part):
 class S3(_Part):
     """An S3 service for sealed packs."""
 
-    endpoint: str = ""
-    bucket: str = "huying"
-    access_key: SecretStr = SecretStr("")
-    secret_key: SecretStr = SecretStr("")
-    secure: bool = True
-    region: str = "us-east-1"
-    timeout_seconds: float = Field(10, gt=0)
+    endpoint: str = Field("", description="host:port of the service")
+    bucket: str = Field("huying", description="made on first use")
+    access_key: SecretStr = Field(SecretStr(""), description="user")
+    secret_key: SecretStr = Field(SecretStr(""), description="password")
+    secure: bool = Field(True, description="HTTPS")
+    region: str = Field("us-east-1", description="as the service names it")
+    timeout_seconds: float = Field(10, gt=0, description="one request")
 
 
 class Objects(_Part):
     """Where sealed packs live."""
 
-    kind: Literal["files", "s3"] = "files"
+    kind: Literal["files", "s3"] = Field("files", description="which store")
     s3: S3 = S3()
 
 
 class Pacs(_Part):
     """Rules of the archive."""
 
-    settle_seconds: float = Field(60, ge=0)
-    duplicates: DuplicatePolicy = DuplicatePolicy.NEVER
+    settle_seconds: float = Field(
+        60, ge=0, description="a study is complete after this pause"
+    )
+    duplicates: DuplicatePolicy = Field(
+        DuplicatePolicy.NEVER, description="whether other content replaces what we hold"
+    )
     lenient_uids: bool = Field(False, description="accept illegal UIDs, flagged")
     require_patient_id: bool = Field(False, description="else accepted and flagged")
     accept_files_without_preamble: bool = Field(False, description="import only")
@@ -184,14 +209,16 @@ class Worker(_Part):
 class Log(_Part):
     """Logging."""
 
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    json_lines: bool = True
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="least severe that is written"
+    )
+    json_lines: bool = Field(True, description="JSON, else plain text")
 
 
 class Settings(_Part):
     """All settings of a node."""
 
-    data: Path = Path("data")
+    data: Path = Field(Path("data"), description="folder of everything local")
     open: bool = Field(False, description="no logins; loopback only")
     node: Node = Node()
     http: Http = Http()
