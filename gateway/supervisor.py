@@ -137,7 +137,7 @@ def serve(
     *,
     kinds: frozenset[Kind] = ALL_KINDS,
     entry: Callable[[], Entry] | None = None,
-    announce: Callable[[str], None] = print,
+    announce: Callable[[str, Settings], None] | None = None,
 ) -> int:
     """Run the processes of a node until SIGTERM; return the exit status.
 
@@ -149,8 +149,10 @@ def serve(
         the folder and expects a current index.
     entry : callable, optional
         Imports and returns what the processes run; called before forking.
-    announce : callable
-        Gets one line with the addresses once the node is ready.
+    announce : callable, optional
+        Gets one line with the addresses, and the settings with the ports in use,
+        once the node is ready; the line is printed by default. It must start no
+        thread: use `spawn`.
 
     Raises
     ------
@@ -167,7 +169,7 @@ def serve(
                 _in_child("prepare", lambda: _prepare(sockets.settings, made))
             else:
                 _in_child("check", lambda: _require_current(sockets.settings))
-            return _Supervisor(sockets, kinds, made, announce).run()
+            return _Supervisor(sockets, kinds, made, announce or _print).run()
         finally:
             for one in sockets.all():
                 one.close()
@@ -334,7 +336,7 @@ class _Supervisor:
         sockets: Sockets,
         kinds: frozenset[Kind],
         entry: Entry,
-        announce: Callable[[str], None],
+        announce: Callable[[str, Settings], None],
     ) -> None:
         settings = sockets.settings
         self._settings = settings
@@ -397,13 +399,7 @@ class _Supervisor:
                 slot.pid = self._fork(slot)
 
     def _fork(self, slot: _Slot) -> int:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            _child(slot.name, parent, lambda: self._run_slot(slot))
-        return pid
+        return spawn(slot.name, lambda: self._run_slot(slot))
 
     def _run_slot(self, slot: _Slot) -> None:
         """Be the process of `slot`; close what belongs to the others."""
@@ -482,7 +478,7 @@ class _Supervisor:
             self._ready = True
             if late:
                 log.warning("not ready", extra={"event": "node.not_ready"})
-            self._announce(addresses(self._settings, self._sockets))
+            self._announce(addresses(self._settings, self._sockets), self._settings)
             sys.stdout.flush()
         self._probe_due = time.monotonic() + 0.1
 
@@ -511,6 +507,21 @@ class _Supervisor:
                     if pid == 0:
                         continue
                 slot.pid = 0
+
+
+def spawn(name: str, work: Callable[[], None]) -> int:
+    """Do `work` in a process that ends with this one; return its id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _child(name, parent, work)
+    return pid
+
+
+def _print(line: str, _: Settings) -> None:
+    print(line)  # noqa: T201  # the one line of a command
 
 
 def is_ready(settings: Settings) -> bool:
@@ -596,19 +607,16 @@ def _in_child(name: str, work: Callable[[], None]) -> None:
         With the child's sentence, when it failed.
     """
     reading, writing = os.pipe()
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
+
+    def report() -> None:
         os.close(reading)
+        try:
+            work()
+        except ImagingError as error:
+            os.write(writing, str(error).encode()[:4000])
+            raise SystemExit(1) from error
 
-        def report() -> None:
-            try:
-                work()
-            except ImagingError as error:
-                os.write(writing, str(error).encode()[:4000])
-                raise SystemExit(1) from error
-
-        _child(name, parent, report)
+    pid = spawn(name, report)
     os.close(writing)
     with open(reading, "rb") as pipe:  # noqa: PTH123  # a descriptor, not a path
         sentence = pipe.read().decode("utf-8", "replace")

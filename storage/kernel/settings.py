@@ -344,7 +344,7 @@ def _explain(error: ValidationError) -> str:
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(path, known_keys(), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f", did you mean {near[0]}?" if near else ""
             sentences.append(f"{path} is not a setting{hint}")
         else:
             sentences.append(f"{path}: {problem['msg']}" if path else problem["msg"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 from sqlalchemy import text
 
 from gateway.importer import ImportSummary, count_files, import_paths
@@ -40,7 +40,7 @@ def dicom(number: int, *, size: int = 100, name: str = "张^三") -> bytes:
     """Return a Part-10 CT image."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = CTImageStorage
-    meta.MediaStorageSOPInstanceUID = f"2.25.{number}"
+    meta.MediaStorageSOPInstanceUID = UID(f"2.25.{number}")
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds = Dataset()
     ds.file_meta = meta
@@ -393,8 +393,8 @@ def test_a_dicom_file_whose_preamble_is_a_zip_is_dicom(
 def dicomdir(*file_ids: list[str]) -> bytes:
     """Return a DICOMDIR whose records all point at each other in a loop."""
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = MEDIA_STORAGE_DIRECTORY
-    meta.MediaStorageSOPInstanceUID = "2.25.9"
+    meta.MediaStorageSOPClassUID = UID(MEDIA_STORAGE_DIRECTORY)
+    meta.MediaStorageSOPInstanceUID = UID("2.25.9")
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds = Dataset()
     ds.file_meta = meta

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -161,7 +162,7 @@ def test_a_node_prepares_starts_all_kinds_and_says_where(
     assert "DICOM HUYING 127.0.0.1:" in line
     assert len(node.notes("prepared")) == 1
     for name in ("web0", "web1", "dimse0", "dimse1", "worker"):
-        eventually(lambda name=name: node.notes(name))
+        eventually(partial(node.notes, name))
     group = {os.getpgid(node.pid(name)) for name in ("web0", "dimse0", "worker")}
     assert group == {os.getpgid(node.process.pid)}
     assert (node.data / "index.db").exists()

@@ -124,12 +124,17 @@ def test_an_event_goes_from_its_transaction_to_its_follower(
     feed = ChangeFeed(database)
     seen: list[Event] = []
     ticked = threading.Event()
+
+    def settle() -> int:
+        ticked.set()
+        return 0
+
     loops = standard_loops(
         database=database,
         feed=feed,
         clock=SystemClock(),
         followers=[Follower("test", seen.append, frozenset({"study.settled"}))],
-        ticks={"settle": lambda: ticked.set() or 0},
+        ticks={"settle": settle},
     )
     running(Worker(loops))
 

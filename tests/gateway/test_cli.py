@@ -1,0 +1,167 @@
+"""The command line, as a person meets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from gateway import cli
+from gateway.cli import address, settings_for
+from gateway.importer import ImportSummary, Rejected
+from gateway.reference import settings_reference
+from storage.kernel.errors import InvalidParameter
+from storage.kernel.settings import Settings, known_keys
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(one) for one in arguments])
+
+
+def test_help_names_the_commands() -> None:
+    shown = run("--help").output
+
+    for command in (
+        "serve", "web", "dimse", "worker", "import", "demo", "doctor", "db", "version"
+    ):  # fmt: skip
+        assert command in shown
+
+
+def test_version_is_quick() -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "gateway", "version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("huying 0.")
+    assert time.monotonic() - started < 5
+
+
+def test_an_error_is_a_sentence_without_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gateway", "serve", "--http", "nonsense"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )
+    assert done.returncode == 1
+    assert done.stderr == "huying: http: nonsense is not HOST:PORT\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("127.0.0.1:8080", "127.0.0.1", 8080),
+        ("[::1]:0", "::1", 0),
+        ("localhost:1", "localhost", 1),
+    ],
+)
+def test_addresses(text: str, host: str, port: int) -> None:
+    assert address("http", text) == {"host": host, "port": port}
+
+
+@pytest.mark.parametrize("text", ["8080", ":8080", "host:", "host:http", ""])
+def test_bad_addresses(text: str) -> None:
+    with pytest.raises(InvalidParameter, match="HOST:PORT"):
+        address("http", text)
+
+
+def test_the_command_line_comes_before_the_file(tmp_path: Path) -> None:
+    (tmp_path / "huying.toml").write_text("[http]\nport = 1\nworkers = 3\n")
+
+    settings = settings_for(tmp_path, None, http="127.0.0.1:2", aet="NODE1")
+
+    assert (settings.http.port, settings.http.workers) == (2, 3)
+    assert settings.dimse.aet == "NODE1"
+
+
+def test_open_is_refused_beyond_loopback(tmp_path: Path) -> None:
+    with pytest.raises(InvalidParameter, match="not a loopback address"):
+        settings_for(tmp_path, None, http="0.0.0.0:8080", open_access=True)
+
+
+def test_db_commands(tmp_path: Path) -> None:
+    assert run("db", "current", "--data", tmp_path).output == "none\n"
+    assert run("db", "upgrade", "--data", tmp_path).output == "0001\n"
+    assert run("db", "current", "--data", tmp_path).output == "0001\n"
+    checked = run("db", "check", "--data", tmp_path)
+    assert (checked.exit_code, checked.output) == (
+        0,
+        "the database and the code agree\n",
+    )
+
+
+def test_a_summary_lists_what_was_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = ImportSummary(stored=2, n_rejected=1, n_bytes=3_000_000)
+    summary.rejected.append(Rejected("a.dcm", "empty data set"))
+
+    cli.print_summary(summary)
+
+    out, err = capsys.readouterr()
+    assert out == "stored 2, duplicate 0, skipped 0 (not DICOM), rejected 1; 3.0 MB\n"
+    assert err == "  rejected a.dcm: empty data set\n"
+
+
+def test_a_long_list_is_summed_up_by_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    summary = ImportSummary()
+    for n in range(60):
+        summary.n_rejected += 1
+        summary.rejected.append(Rejected(f"{n:02}", "empty data set"))
+        summary.reasons["empty data set"] += 1
+
+    cli.print_summary(summary)
+
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == cli.LISTED + 2
+    assert lines[-1].split() == ["60", "empty", "data", "set"]
+
+
+def test_what_to_try_uses_reachable_addresses() -> None:
+    settings = Settings.model_validate({"http": {"host": "0.0.0.0", "port": 81}})  # noqa: S104
+
+    lines = cli.try_it(settings, Path("/a b/1.dcm"))
+
+    assert "  storescu -aec HUYING 127.0.0.1 11112 '/a b/1.dcm'" in lines
+    assert "  curl 'http://127.0.0.1:81/dicom-web/studies?limit=5'" in lines
+
+
+def test_the_settings_page_is_current() -> None:
+    """Write it anew with: huying doctor --settings > docs/reference/settings.md"""
+    page = ROOT / "docs" / "reference" / "settings.md"
+
+    assert page.read_text("utf-8") == settings_reference()
+
+
+def test_the_settings_page_names_every_setting_with_its_meaning() -> None:
+    page = settings_reference()
+
+    for key in known_keys():
+        assert f"| `{key}` |" in page
+    assert "|  |" not in page
+
+
+def test_doctor_prints_the_settings_page() -> None:
+    assert run("doctor", "--settings").output == settings_reference()
+
+
+def test_doctor_says_which_setting_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "huying.toml").write_text("[http]\nprot = 1\n[pacs]\ndecoders = 0\n")
+
+    result = run("doctor", "--data", tmp_path)
+
+    assert result.exit_code == 1
+    assert "http.prot is not a setting, did you mean http.port?" in result.output
+    assert "pacs.decoders: " in result.output
