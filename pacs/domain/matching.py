@@ -242,7 +242,7 @@ def parse_key(
     Examples
     --------
     >>> parse_key(BY_TAG[0x00080020], "20240101-20240131", Limits())
-    Range(low='20240101', below='20240131:')
+    Range(low='20240101', below='20240132')
     >>> parse_key(BY_TAG[0x00100020], "*", Limits())
     """
     text = value.strip(" \0")
@@ -363,6 +363,7 @@ def _range(
     text: str,
     bound: Callable[[Attribute, str], str],
     earliest: Callable[[str], str],
+    after: Callable[[str], str],
 ) -> Rule:
     """Match a single value or a range, to the precision given (C.2.2.2.5).
 
@@ -372,27 +373,32 @@ def _range(
     low_text, dash, high_text = (part.strip() for part in text.partition("-"))
     if not dash:
         value = bound(attribute, low_text)
-        return Range(earliest(value), _after(value))
+        return Range(earliest(value), after(value))
     if not low_text and not high_text:
         raise InvalidParameter(attribute.keyword, "a range needs a beginning or an end")
     low = earliest(bound(attribute, low_text)) if low_text else None
-    below = _after(bound(attribute, high_text)) if high_text else None
+    below = after(bound(attribute, high_text)) if high_text else None
     if low is not None and below is not None and low >= below:
         return Nothing()
     return Range(low, below)
 
 
-def _after(value: str) -> str:
-    """Return what sorts behind everything that begins with `value`."""
-    return f"{value}:"  # the character behind "9"
+def _after_date(date: str) -> str:
+    """Return the next eight digits, a date or not: digits sort alike everywhere."""
+    return f"{int(date) + 1:08d}"
+
+
+def _after_time(time: str) -> str:
+    """Return what sorts, by bytes, behind every time that begins with `time`."""
+    return f"{time}:"  # the character behind "9"
 
 
 def _date(attribute: Attribute, text: str, _limits: Limits) -> Rule:
-    return _range(attribute, text, _date_bound, str)
+    return _range(attribute, text, _date_bound, str, _after_date)
 
 
 def _time(attribute: Attribute, text: str, _limits: Limits) -> Rule:
-    return _range(attribute, text, _time_bound, _earliest)
+    return _range(attribute, text, _time_bound, _earliest, _after_time)
 
 
 _PARSERS: Mapping[str, Callable[[Attribute, str, Limits], Rule]] = {
