@@ -1,13 +1,19 @@
 """Ready-made DICOM JSON (PS3.18 Annex F) for the rows that searches answer with.
 
-A fragment is the members of a JSON object without the braces; counters and the
-retrieve address are added when a search answers.
+A fragment is the members of a JSON object without the braces, kept with the row;
+counters and the retrieve address are added when a search answers, by formatting
+text: no dictionary is built on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Self
+from urllib.parse import quote
 
 import orjson
 
@@ -138,3 +144,183 @@ def series_fragment(
         *([member(0x00400275, "SQ", requests)] if requests else []),
     ]
     return ",".join(members)
+
+
+#: Instance Availability (0008,0056): what is indexed can be retrieved.
+ONLINE = '{"vr":"CS","Value":["ONLINE"]}'
+_PLAIN_UID = re.compile(r"[0-9.]+")
+
+
+@lru_cache(maxsize=1024)
+def _string_values(vr: str, joined: str) -> str:
+    """Return an attribute of a backslash-joined set; sets repeat in every row."""
+    body: dict[str, Any] = {"vr": vr}
+    if joined:
+        body["Value"] = joined.split("\\")
+    return orjson.dumps(body).decode()
+
+
+def _number(vr: str, value: int | None) -> str:
+    return f'{{"vr":"{vr}"}}' if value is None else f'{{"vr":"{vr}","Value":[{value}]}}'
+
+
+def _uid(value: str) -> str:
+    if _PLAIN_UID.fullmatch(value):
+        return f'{{"vr":"UI","Value":["{value}"]}}'
+    return orjson.dumps({"vr": "UI", "Value": [value]}).decode()
+
+
+def _url(*parts: str) -> str:
+    """Return a Retrieve URL (0008,1190); the first part is a URL already."""
+    path = "/".join(
+        part if _PLAIN_UID.fullmatch(part) else quote(part, safe="")
+        for part in parts[1:]
+    )
+    return f'{{"vr":"UR","Value":["{parts[0]}/{path}"]}}'
+
+
+def study_object(
+    fragment: str,
+    *,
+    retrieve_base: str,
+    study_instance_uid: str,
+    modalities: str,
+    n_series: int,
+    n_instances: int,
+) -> str:
+    """Return a study's JSON object: its fragment, counters and Retrieve URL.
+
+    Members are inserted where the ascending order of tags wants them (PS3.18
+    F.2.2). A member name cannot occur in a value, whose quotes are escaped.
+    """
+    referring = fragment.index('"00080090":')
+    name = fragment.index('"00100010":')
+    return (
+        f'{{{fragment[:referring]}"00080061":{_string_values("CS", modalities)},'
+        f"{fragment[referring:name]}"
+        f'"00081190":{_url(retrieve_base, "studies", study_instance_uid)},'
+        f'{fragment[name:]},"00201206":{_number("IS", n_series)},'
+        f'"00201208":{_number("IS", n_instances)}}}'
+    )
+
+
+def series_object(
+    fragment: str,
+    *,
+    retrieve_base: str,
+    study_instance_uid: str,
+    series_instance_uid: str,
+    n_instances: int,
+) -> str:
+    """Return a series' JSON object: its fragment, counter, study and address."""
+    uid = fragment.index('"0020000E":')
+    here = fragment.find('"00180015":')
+    if here < 0:
+        here = uid
+    last = _STEP.search(fragment)
+    end = last.start() if last else len(fragment)
+    tail = fragment[end:]
+    url = _url(
+        retrieve_base, "studies", study_instance_uid, "series", series_instance_uid
+    )
+    return (
+        f'{{{fragment[:here]}"00081190":{url},{fragment[here:uid]}'
+        f'"0020000D":{_uid(study_instance_uid)},{fragment[uid:end].rstrip(",")},'
+        f'"00201209":{_number("IS", n_instances)}{"," if tail else ""}{tail}}}'
+    )
+
+
+_STEP = re.compile('"(?:00400244|00400245|00400275)":')
+#: Tags of the members that an instance adds, in runs that nothing comes between.
+_INSTANCE_RUNS = ("00080016", "00080056", "00081190", "00200013", "00280002")
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceTemplate:
+    """What all instances of one series have in common, ready to be filled.
+
+    Attributes
+    ----------
+    gaps : tuple of str
+        Members of the levels above, before, between and after the instance's own.
+    """
+
+    retrieve_base: str
+    study_instance_uid: str
+    series_instance_uid: str
+    gaps: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        retrieve_base: str,
+        study_instance_uid: str,
+        series_instance_uid: str,
+        above: Mapping[str, Any],
+    ) -> Self:
+        """Make the template of a series; `above` are attributes of upper levels."""
+        members = {
+            **above,
+            "0020000D": {"vr": "UI", "Value": [study_instance_uid]},
+            "0020000E": {"vr": "UI", "Value": [series_instance_uid]},
+        }
+        for own in ("00080056", "00081190"):
+            members.pop(own, None)
+        bounds = ("", *_INSTANCE_RUNS, "~")
+        gaps = []
+        for low, high in itertools.pairwise(bounds):
+            inside = sorted(tag for tag in members if low <= tag < high)
+            gaps.append(
+                "".join(f'"{t}":{orjson.dumps(members[t]).decode()},' for t in inside)
+            )
+        return cls(retrieve_base, study_instance_uid, series_instance_uid, tuple(gaps))
+
+    def fill(
+        self,
+        *,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        transfer_syntax_uid: str,
+        instance_number: int | None,
+        samples: int | None,
+        number_of_frames: int | None,
+        rows: int | None,
+        columns: int | None,
+        bits_allocated: int | None,
+    ) -> str:
+        """Return the JSON object of one instance (PS3.18 Table 10.6.3-5)."""
+        first, second, third, fourth, fifth, last = self.gaps
+        url = _url(
+            self.retrieve_base,
+            "studies",
+            self.study_instance_uid,
+            "series",
+            self.series_instance_uid,
+            "instances",
+            sop_instance_uid,
+        )
+        shape = "".join(
+            f'"{tag}":{{"vr":"{vr}","Value":[{value}]}},'
+            for tag, vr, value in (
+                ("00280002", "US", samples),
+                ("00280008", "IS", number_of_frames),
+                ("00280010", "US", rows),
+                ("00280011", "US", columns),
+                ("00280100", "US", bits_allocated),
+            )
+            if value is not None
+        )
+        members = (
+            f'{first}"00080016":{_uid(sop_class_uid)},'
+            f'"00080018":{_uid(sop_instance_uid)},{second}"00080056":{ONLINE},'
+            f'{third}"00081190":{url},"00083002":{_uid(transfer_syntax_uid)},'
+            f'{fourth}"00200013":{_number("IS", instance_number)},{fifth}{shape}{last}'
+        )
+        return f"{{{members[:-1]}}}"
+
+
+def merged(rendered: str, others: Mapping[str, Any]) -> str:
+    """Add attributes to a rendered object, in the order of tags; its own win."""
+    found: dict[str, Any] = {**others, **orjson.loads(rendered)}
+    return orjson.dumps(found, option=orjson.OPT_SORT_KEYS).decode()

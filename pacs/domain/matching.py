@@ -463,3 +463,54 @@ def _is_phonetic(char: str) -> bool:
         or 0x31F0 <= point <= 0x31FF  # katakana extensions
         or 0xAC00 <= point <= 0xD7AF  # hangul
     )
+
+
+#: Attributes of the Patient and General Study modules that are not indexed
+#: (PS3.3 C.7.1.1, C.7.1.3, C.7.2.1, C.7.2.2).
+_OTHER_OF_STUDY = frozenset(
+    {
+        0x00081032, 0x00081048, 0x00081049, 0x00081060, 0x00081062, 0x00081080,
+        0x00081084, 0x00081110, 0x00081120, 0x00100022, 0x00100024, 0x00100026,
+        0x00100032, 0x00100033, 0x00100034, 0x00100035, 0x00100101, 0x00100102,
+        0x00100200, 0x00100212, 0x00100213, 0x00100214, 0x00100215, 0x00100216,
+        0x00101000, 0x00101001, 0x00101002, 0x00101010, 0x00101020, 0x00101030,
+        0x00101040, 0x00101060, 0x00101100, 0x00102000, 0x00102110, 0x00102154,
+        0x00102155, 0x00102160, 0x00102180, 0x001021A0, 0x001021B0, 0x001021C0,
+        0x001021D0, 0x001021F0, 0x00102201, 0x00102202, 0x00102203, 0x00102297,
+        0x00102298, 0x00102299, 0x00104000, 0x0008009C, 0x00080096, 0x00080051,
+        0x00120062, 0x00120063, 0x00120064, 0x00321033, 0x00321034, 0x00321060,
+        0x00321064, 0x00380010, 0x00380014, 0x00380060, 0x00380062, 0x00380064,
+        0x00380500, 0x00401012, 0x00081111,
+    }
+)  # fmt: skip
+#: The same of the General Series and General Equipment modules, and Frame of
+#: Reference (PS3.3 C.7.3.1, C.7.4.1, C.7.5.1).
+_OTHER_OF_SERIES = frozenset(
+    {
+        0x00080021, 0x00080031, 0x00080064, 0x00080068, 0x00080070, 0x00080081,
+        0x00081040, 0x00081041, 0x0008103F, 0x00081050, 0x00081052, 0x00081070,
+        0x00081072, 0x00081090, 0x00081250, 0x0008010D, 0x00180010, 0x00181000,
+        0x00181002, 0x00181008, 0x00181016, 0x00181018, 0x00181020, 0x00181030,
+        0x00181050, 0x00181200, 0x00181201, 0x00185100, 0x00200052, 0x00201040,
+        0x00280108, 0x00280109, 0x00400250, 0x00400251, 0x00400253, 0x00400254,
+        0x00400260, 0x00400280,
+    }
+)  # fmt: skip
+
+
+def level_of(tag: int) -> Level:
+    """Return the lowest level at which `tag` says the same of all instances.
+
+    What is in no module of an upper level belongs to the instance (PS3.3 A.1.2).
+    """
+    known = BY_TAG.get(tag)
+    if known is not None:
+        return known.level
+    if tag == REQUEST_ATTRIBUTES_SEQUENCE or tag in _OTHER_OF_SERIES:
+        return Level.SERIES
+    return Level.STUDY if tag in _OTHER_OF_STUDY else Level.IMAGE
+
+
+def reaches(level: Level, tag: int) -> bool:
+    """Tell whether a search at `level` may answer with `tag`."""
+    return _RANK[level_of(tag)] <= _RANK[level]

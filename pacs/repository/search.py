@@ -9,7 +9,7 @@ rows and their order; several tenants are merged here.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count as numbers_from
 from itertools import islice
@@ -121,10 +121,14 @@ class After:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A page of rows, and where the last one stands."""
+    """A page of rows, and where each of them stands."""
 
     rows: list[Row]
-    last: After | None
+    places: list[After]
+
+    def place(self, index: int) -> After:
+        """Return where row `index` stands."""
+        return self.places[index]
 
 
 def page(
@@ -136,13 +140,18 @@ def page(
     offset: int = 0,
     after: After | None = None,
 ) -> Found:
-    """Return at most `limit` rows, `offset` rows on from `after` (or the start)."""
+    """Return at most `limit` rows, `offset` rows on from `after` (or the start).
+
+    Raises
+    ------
+    InvalidParameter
+        `after` is not a place in this order.
+    """
     phases, tree, values = _prepare(connection, selection)
     width = len(selection.fields)
-    rows: list[Row] = []
-    last: After | None = None
+    found = Found([], [])
     for phase in phases:
-        wanted = limit - len(rows)
+        wanted = limit - len(found.rows)
         if wanted <= 0:
             break
         if after is not None and phase.number < after.phase:
@@ -150,30 +159,32 @@ def page(
         start = after if after is not None and phase.number == after.phase else None
         run = _Run(connection, selection, phase, tree, values, start)
         if len(actor.tenants) == 1:
-            found = run.fetch(actor.tenants[0], wanted, offset)
-            if not found and offset:
-                offset = max(0, offset - run.count(actor.tenants[0], offset))
-            elif found:
-                offset = 0
+            rows = run.fetch(actor.tenants[0], wanted, offset)
+            skipped = offset
+            if not rows and offset:
+                skipped = run.count(actor.tenants[0], offset)
         else:
             # Bound: each tenant gives one batch at a time, whatever the offset.
             merged = run.merged(actor.tenants, offset + wanted)
             skipped = sum(1 for _ in islice(merged, offset))
-            offset -= skipped
-            found = list(islice(merged, wanted))
-        if found:
-            rows += found
-            last = After(phase.number, found[-1][width:])
-    return Found([row[:width] for row in rows], last)
+            rows = list(islice(merged, wanted))
+        offset -= skipped
+        found.rows.extend(row[:width] for row in rows)
+        found.places.extend(After(phase.number, row[width:]) for row in rows)
+    return found
 
 
-def stream(connection: Connection, actor: Actor, selection: Selection) -> Iterator[Row]:
+def stream(
+    connection: Connection, actor: Actor, selection: Selection
+) -> Generator[Row, None, None]:
     """Yield all rows from a server-side cursor, one tenant after the other."""
     phases, tree, values = _prepare(connection, selection)
+    width = len(selection.fields)
     for tenant in actor.tenants:
         for phase in phases:
             run = _Run(connection, selection, phase, tree, values, None)
-            yield from run.iterate(tenant)
+            for row in run.iterate(tenant):
+                yield row[:width]
 
 
 def count(
@@ -192,9 +203,13 @@ def count(
 
 def first_instances(
     connection: Connection, actor: Actor, level: Level, pks: Sequence[int]
-) -> dict[int, str]:
-    """Return an instance's UID for each study or series row key in `pks`."""
-    parent = Series.study_pk if level is Level.STUDY else Instance.series_pk
+) -> dict[int, tuple[int, str]]:
+    """Return row key and UID of an instance of each study, series or instance."""
+    parent = {
+        Level.STUDY: Series.study_pk,
+        Level.SERIES: Instance.series_pk,
+        Level.IMAGE: Instance.id,
+    }[level]
     firsts = (
         select(parent.label("parent"), func.min(Instance.id).label("first"))
         .join(Series, Series.id == Instance.series_pk)
@@ -203,11 +218,11 @@ def first_instances(
         .subquery()
     )
     found = connection.execute(
-        select(firsts.c.parent, Instance.sop_instance_uid).join(
+        select(firsts.c.parent, Instance.id, Instance.sop_instance_uid).join(
             firsts, firsts.c.first == Instance.id
         )
     )
-    return {row[0]: row[1] for row in found}
+    return {row[0]: (row[1], row[2]) for row in found}
 
 
 @dataclass(slots=True)
@@ -225,8 +240,7 @@ class _Run:
     def __post_init__(self) -> None:
         self._named = {f"p{i}": value for i, value in enumerate(self.values)}
         if self.after is not None:
-            if len(self.after.values) != len(self.phase.key):
-                raise InvalidParameter("cursor", "is not of this search")
+            _check_place(self.phase, self.after)
             self._named |= {f"a{i}": v for i, v in enumerate(self.after.values)}
 
     def _statement(self, form: str) -> Statement:
@@ -287,6 +301,18 @@ class _Run:
             key=itemgetter(slice(width, None)),
             reverse=self.selection.effective_order.descending,
         )
+
+
+def _check_place(phase: Phase, after: After) -> None:
+    """Refuse values that are not of the columns' types."""
+    fits = len(after.values) == len(phase.key) and all(
+        type(value) is int and abs(value) < 2**63
+        if name.endswith((".id", ".number_order"))
+        else type(value) is str and "\0" not in value
+        for name, value in zip(phase.key, after.values, strict=True)
+    )
+    if not fits:
+        raise InvalidParameter("cursor", "is not of this search")
 
 
 def _is_sqlite(connection: Connection) -> bool:
