@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from datetime import date, timedelta
 
@@ -45,24 +44,28 @@ class Made:
     uid: str = ""
 
 
+def _spread(number: int, sides: int) -> int:
+    """Return a die's throw that is always the same for `number`."""
+    return (number * 2_654_435_761 >> 7) % sides
+
+
 def many(n_studies: int, *, tenant: str = "default", seed: int = 7) -> list[Made]:
     """Return `n_studies` different studies, the same ones each time."""
-    dice = random.Random(seed)
     made = []
     for i in range(n_studies):
         if i % 4:
-            hanzi = f"{dice.choice(SURNAMES)}^{dice.choice(GIVEN)}"
+            hanzi = f"{SURNAMES[_spread(i, len(SURNAMES))]}^{GIVEN[_spread(i + 1, len(GIVEN))]}"
             name = hanzi if i % 8 == 1 else f"={hanzi}"
         else:
-            name = f"{dice.choice(LATIN)}{i % 97:02d}"
-        day = date(2015, 1, 1) + timedelta(days=dice.randrange(3600))
+            name = f"{LATIN[_spread(i, len(LATIN))]}{i % 97:02d}"
+        day = date(2015, 1, 1) + timedelta(days=_spread(i + 2, 3600))
         made.append(
             Made(
                 tenant=tenant,
                 patient_id=f"P{i // 2:06d}",
                 name=name,
                 study_date=None if i % 101 == 100 else f"{day:%Y%m%d}",
-                study_time=f"{dice.randrange(24):02d}{dice.randrange(60):02d}00",
+                study_time=f"{_spread(i, 24):02d}{_spread(i, 60):02d}00",
                 accession=f"ACC{i:07d}",
                 referring="Li^Si=李^四" if i % 3 else "Garcia^Ana",
                 description=f"胸部CT平扫 {i}" if i % 2 else f"Knee 100%_{i}",
@@ -91,7 +94,9 @@ def populate(database: Database, studies: list[Made]) -> None:
         for modality in made.modalities:
             series_pk = len(rows["series"]) + 1
             series_uid = f"{uid}.{series_pk}"
-            rows["series"].append(_series(made, series_pk, number, modality, series_uid))
+            rows["series"].append(
+                _series(made, series_pk, number, modality, series_uid)
+            )
             for i in range(made.n_instances):
                 rows["instance"].append(
                     _instance(made, series_pk, series_uid, modality, i + 1)
