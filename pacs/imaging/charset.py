@@ -1,8 +1,8 @@
-"""Character sets: decode first, split after (PS3.3 C.12.1.1.2, PS3.5 6.1).
+r"""Character sets: decode first, split after (PS3.3 C.12.1.1.2, PS3.5 6.1).
 
-116 basic hanzi have a GBK second byte of 5CH (``\\``) and 116 of 5EH (``^``), so
+116 basic hanzi have a GBK second byte of 5CH (``\``) and 116 of 5EH (``^``), so
 values are decoded whole before they are split. Bytes that do not decode become
-visible ``\\xNN`` text; nothing raises, the stored bytes stay as they are.
+visible ``\xNN`` text; nothing raises, the stored bytes stay as they are.
 """
 
 from __future__ import annotations

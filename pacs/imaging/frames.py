@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pacs.imaging.dataset import PixelElement, Scan
 from storage.kernel.errors import MalformedObject, NotFound
@@ -178,7 +179,7 @@ def _starts_at(pixel: PixelElement, offsets: Sequence[int]) -> list[int] | None:
         pixel.fragments[2 * i] - 8 - base: i for i in range(len(pixel.fragments) // 2)
     }
     starts = [index.get(offset, -1) for offset in offsets]
-    ordered = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+    ordered = all(a < b for a, b in pairwise(starts))
     return starts if starts and starts[0] == 0 and ordered else None
 
 

@@ -106,20 +106,23 @@ def _read_elements(buffer: Buffer, position: int, *, complete: bool) -> FileMeta
     end: int | None = None
     while end is None or position < end:
         if position + 8 > size:
-            return _cut_off(size, complete=complete)
+            _check_more_may_come(size, complete=complete)
+            return None
         group, number, vr, length = _HEAD.unpack_from(buffer, position)
         if group != 2:
             break
         value = position + 8
         if vr in _LONG:
             if position + 12 > size:
-                return _cut_off(size, complete=complete)
+                _check_more_may_come(size, complete=complete)
+            return None
             length = _U32.unpack_from(buffer, position + 8)[0]
             value = position + 12
         if value + length > PREAMBLE + MAX_FILE_META:
             raise MalformedObject("File Meta Information is too long", group << 16)
         if value + length > size:
-            return _cut_off(size, complete=complete)
+            _check_more_may_come(size, complete=complete)
+            return None
         values[number] = bytes(buffer[value : value + length])
         position = value + length
         if number == 0 and length == 4:
@@ -132,7 +135,7 @@ def _read_elements(buffer: Buffer, position: int, *, complete: bool) -> FileMeta
     return FileMeta(_text(values.get(2, b"")), _text(values.get(3, b"")), uid, position)
 
 
-def _cut_off(size: int, *, complete: bool) -> None:
+def _check_more_may_come(size: int, *, complete: bool) -> None:
     if complete or size > PREAMBLE + MAX_FILE_META:
         raise MalformedObject("File Meta Information is cut off", 0x00020000)
 

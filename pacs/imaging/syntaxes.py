@@ -1,4 +1,4 @@
-"""Transfer syntaxes: what each is, and what we can do with it (PS3.5 Annex A, PS3.6)."""
+"""Transfer syntaxes: what each is, and what we can do with it (PS3.5 Annex A)."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ _TABLE = (
         "JPEG Spectral Selection (6, 8)",
         lossy=True,
         media_type="image/jpeg",
-    ),  # fmt: skip
+    ),
     TransferSyntax(
         f"{_P}.4.55",
         "JPEG Full Progression (10, 12)",
         lossy=True,
         media_type="image/jpeg",
-    ),  # fmt: skip
+    ),
     TransferSyntax(f"{_P}.4.57", "JPEG Lossless (14)", media_type="image/jpeg"),
     TransferSyntax(f"{_P}.4.70", "JPEG Lossless SV1", media_type="image/jpeg"),
     TransferSyntax(f"{_P}.4.80", "JPEG-LS Lossless", media_type="image/jls"),
@@ -72,42 +72,42 @@ _TABLE = (
         "JPEG 2000 Part 2 Lossless",
         media_type="image/jpx",
         decodes=False,
-    ),  # fmt: skip
+    ),
     TransferSyntax(
         f"{_P}.4.93",
         "JPEG 2000 Part 2",
         lossy=True,
         media_type="image/jpx",
         decodes=False,
-    ),  # fmt: skip
+    ),
     TransferSyntax(
         f"{_P}.4.100",
         "MPEG2 MP@ML",
         lossy=True,
         media_type="video/mpeg",
         decodes=False,
-    ),  # fmt: skip
+    ),
     TransferSyntax(
         f"{_P}.4.100.1",
         "Fragmentable MPEG2 MP@ML",
         lossy=True,
         media_type="video/mpeg",
         decodes=False,
-    ),  # fmt: skip
+    ),
     TransferSyntax(
         f"{_P}.4.101",
         "MPEG2 MP@HL",
         lossy=True,
         media_type="video/mpeg",
         decodes=False,
-    ),  # fmt: skip
+    ),
     TransferSyntax(
         f"{_P}.4.101.1",
         "Fragmentable MPEG2 MP@HL",
         lossy=True,
         media_type="video/mpeg",
         decodes=False,
-    ),  # fmt: skip
+    ),
     *(
         TransferSyntax(
             f"{_P}.4.{number}",
@@ -115,7 +115,7 @@ _TABLE = (
             lossy=True,
             media_type="video/mp4",
             decodes=False,
-        )  # fmt: skip
+        )
         for number, name in (
             ("102", "MPEG-4 AVC/H.264 HP 4.1"),
             ("102.1", "Fragmentable MPEG-4 AVC/H.264 HP 4.1"),
@@ -137,7 +137,7 @@ _TABLE = (
         "JPEG XL JPEG Recompression",
         lossy=True,
         media_type="image/jxl",
-    ),  # fmt: skip
+    ),
     TransferSyntax(f"{_P}.4.112", "JPEG XL", lossy=True, media_type="image/jxl"),
     TransferSyntax(f"{_P}.4.201", "HTJ2K Lossless", media_type="image/jphc"),
     TransferSyntax(f"{_P}.4.202", "HTJ2K Lossless RPCL", media_type="image/jphc"),
