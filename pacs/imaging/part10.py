@@ -6,19 +6,17 @@ import struct
 from dataclasses import dataclass
 
 from pacs.imaging import syntaxes
+from pacs.imaging.encoding import LONG_VRS, Buffer
 from storage.kernel.errors import MalformedObject
 from storage.kernel.uids import (
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,
 )
 
-Buffer = bytes | bytearray | memoryview
-
 PREAMBLE = 128
 #: File Meta Information longer than this is not one.
 MAX_FILE_META = 64 * 1024
 
-_LONG = frozenset((b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD"))
 _HEAD = struct.Struct("<HH2sH")
 _U32 = struct.Struct("<I")
 
@@ -101,34 +99,40 @@ def read_file_meta(
 
 
 def _read_elements(buffer: Buffer, position: int, *, complete: bool) -> FileMeta | None:
+    """Read group 0002; it ends where the group does, whatever its length says.
+
+    Tolerates: a missing or wrong File Meta Information Group Length (0002,0000).
+    """
     size = len(buffer)
     values: dict[int, bytes] = {}
-    end: int | None = None
-    while end is None or position < end:
+    declared_end = -1
+    while not (position in {size, declared_end} and position + 8 > size and values):
         if position + 8 > size:
             _check_more_may_come(size, complete=complete)
             return None
         group, number, vr, length = _HEAD.unpack_from(buffer, position)
         if group != 2:
             break
+        if not (vr.isalpha() and vr.isupper()):
+            raise MalformedObject("File Meta is not Explicit VR", group << 16 | number)
         value = position + 8
-        if vr in _LONG:
+        if vr in LONG_VRS:
             if position + 12 > size:
                 _check_more_may_come(size, complete=complete)
-            return None
+                return None
             length = _U32.unpack_from(buffer, position + 8)[0]
             value = position + 12
         if value + length > PREAMBLE + MAX_FILE_META:
-            raise MalformedObject("File Meta Information is too long", group << 16)
+            raise MalformedObject("File Meta Information is too long", 0x00020000)
         if value + length > size:
             _check_more_may_come(size, complete=complete)
             return None
-        values[number] = bytes(buffer[value : value + length])
+        values.setdefault(number, bytes(buffer[value : value + length]))
         position = value + length
         if number == 0 and length == 4:
-            end = position + _U32.unpack(values[0])[0]
-            if end > PREAMBLE + MAX_FILE_META:
-                raise MalformedObject("File Meta Information is too long", 0x00020000)
+            declared_end = position + _U32.unpack(values[0])[0]
+    if position == size and position != declared_end and not complete:
+        return None
     uid = _text(values.get(0x10, b""))
     if not uid:
         raise MalformedObject("Transfer Syntax UID is missing", 0x00020010)
