@@ -54,7 +54,8 @@ def many(n_studies: int, *, tenant: str = "default", seed: int = 7) -> list[Made
     made = []
     for i in range(n_studies):
         if i % 4:
-            hanzi = f"{SURNAMES[_spread(i, len(SURNAMES))]}^{GIVEN[_spread(i + 1, len(GIVEN))]}"
+            surname = SURNAMES[_spread(i, len(SURNAMES))]
+            hanzi = f"{surname}^{GIVEN[_spread(i + 1, len(GIVEN))]}"
             name = hanzi if i % 8 == 1 else f"={hanzi}"
         else:
             name = f"{LATIN[_spread(i, len(LATIN))]}{i % 97:02d}"

@@ -201,12 +201,12 @@ def test_levels_are_known_for_attributes_that_are_not_indexed() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(ATTRIBUTES),
-    st.text(alphabet=string.printable + "*?\\^=张三ｱé%_[]\0", max_size=40),
-    st.booleans(),
+    attribute=st.sampled_from(ATTRIBUTES),
+    value=st.text(alphabet=string.printable + "*?\\^=张三ｱé%_[]\0", max_size=40),
+    fuzzy=st.booleans(),
 )
 def test_any_text_is_a_rule_or_a_named_refusal(
-    attribute: Attribute, value: str, fuzzy: bool
+    *, attribute: Attribute, value: str, fuzzy: bool
 ) -> None:
     try:
         rule = parse_key(attribute, value, LIMITS, fuzzy=fuzzy)
