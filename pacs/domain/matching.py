@@ -439,7 +439,7 @@ def _name_pattern(group: str, limits: Limits) -> NamePattern | None:
     return NamePattern(None, wildcard(stem, limits))
 
 
-_SEPARATORS = re.compile(r"[\s^=,*?\\]+")
+_SEPARATORS = re.compile(r"[\s\x00-\x1f\ud800-\udfff^=,*?\\]+")
 MAX_WORDS = 8
 
 

@@ -21,7 +21,6 @@ from pacs.domain.matching import (
     UNIQUE_KEYS,
     Condition,
     NameLike,
-    OneOf,
     Wildcard,
     conditions,
     has_wildcard,
@@ -476,7 +475,7 @@ def _filter_conditions(wanted: StudyFilter, limits: Limits) -> Iterator[Conditio
     if name:
         yield Condition(BY_TAG[0x00100010], NameLike(name))
     for tag, value in ((0x00100020, wanted.patient_id), (0x00080050, wanted.accession)):
-        begins = value.strip().replace("*", "").replace("?", "")
+        begins = value.replace("*", "").replace("?", "").strip(" \0")
         # Order matters: parsing bounds it and refuses what no text may hold.
         if begins and parse_key(BY_TAG[tag], begins, limits) is not None:
             yield Condition(BY_TAG[tag], Wildcard(f"{begins}*", begins))
@@ -487,8 +486,9 @@ def _filter_conditions(wanted: StudyFilter, limits: Limits) -> Iterator[Conditio
         rule = parse_key(BY_TAG[0x00080020], span, limits)
         if rule is not None:
             yield Condition(BY_TAG[0x00080020], rule)
-    if wanted.modality.strip():
-        yield Condition(BY_TAG[0x00080061], OneOf((wanted.modality.strip(),)))
+    listed = parse_key(BY_TAG[0x00080061], wanted.modality, limits)
+    if listed is not None:
+        yield Condition(BY_TAG[0x00080061], listed)
 
 
 def _summary(row: Row) -> StudySummary:
