@@ -164,19 +164,32 @@ def _number(vr: str, value: int | None) -> str:
     return f'{{"vr":"{vr}"}}' if value is None else f'{{"vr":"{vr}","Value":[{value}]}}'
 
 
+def _known(tag: str, vr: str, value: int | None) -> str:
+    """Return a member and a comma, nothing when the value is not known."""
+    return "" if value is None else f'"{tag}":{{"vr":"{vr}","Value":[{value}]}},'
+
+
+@lru_cache(maxsize=4096)
 def _uid(value: str) -> str:
     if _PLAIN_UID.fullmatch(value):
         return f'{{"vr":"UI","Value":["{value}"]}}'
     return orjson.dumps({"vr": "UI", "Value": [value]}).decode()
 
 
-def _url(*parts: str) -> str:
-    """Return a Retrieve URL (0008,1190); the first part is a URL already."""
-    path = "/".join(
-        part if _PLAIN_UID.fullmatch(part) else quote(part, safe="")
-        for part in parts[1:]
+def _segment(uid: str) -> str:
+    """Return a UID as a segment of a path."""
+    return uid if _PLAIN_UID.fullmatch(uid) else quote(uid, safe="")
+
+
+def _series_url(retrieve_base: str, study_uid: str, series_uid: str) -> str:
+    return (
+        f"{retrieve_base}/studies/{_segment(study_uid)}/series/{_segment(series_uid)}"
     )
-    return f'{{"vr":"UR","Value":["{parts[0]}/{path}"]}}'
+
+
+def _url(url: str) -> str:
+    """Return a Retrieve URL (0008,1190)."""
+    return f'{{"vr":"UR","Value":["{url}"]}}'
 
 
 def study_object(
@@ -195,10 +208,11 @@ def study_object(
     """
     referring = fragment.index('"00080090":')
     name = fragment.index('"00100010":')
+    address = f"{retrieve_base}/studies/{_segment(study_instance_uid)}"
     return (
         f'{{{fragment[:referring]}"00080061":{_string_values("CS", modalities)},'
         f"{fragment[referring:name]}"
-        f'"00081190":{_url(retrieve_base, "studies", study_instance_uid)},'
+        f'"00081190":{_url(address)},'
         f'{fragment[name:]},"00201206":{_number("IS", n_series)},'
         f'"00201208":{_number("IS", n_instances)}}}'
     )
@@ -220,9 +234,7 @@ def series_object(
     last = _STEP.search(fragment)
     end = last.start() if last else len(fragment)
     tail = fragment[end:]
-    url = _url(
-        retrieve_base, "studies", study_instance_uid, "series", series_instance_uid
-    )
+    url = _url(_series_url(retrieve_base, study_instance_uid, series_instance_uid))
     return (
         f'{{{fragment[:here]}"00081190":{url},{fragment[here:uid]}'
         f'"0020000D":{_uid(study_instance_uid)},{fragment[uid:end].rstrip(",")},'
@@ -241,13 +253,13 @@ class InstanceTemplate:
 
     Attributes
     ----------
+    address : str
+        Retrieve URL of the series.
     gaps : tuple of str
         Members of the levels above, before, between and after the instance's own.
     """
 
-    retrieve_base: str
-    study_instance_uid: str
-    series_instance_uid: str
+    address: str
     gaps: tuple[str, ...]
 
     @classmethod
@@ -274,7 +286,8 @@ class InstanceTemplate:
             gaps.append(
                 "".join(f'"{t}":{orjson.dumps(members[t]).decode()},' for t in inside)
             )
-        return cls(retrieve_base, study_instance_uid, series_instance_uid, tuple(gaps))
+        address = _series_url(retrieve_base, study_instance_uid, series_instance_uid)
+        return cls(address, tuple(gaps))
 
     def fill(
         self,
@@ -291,25 +304,13 @@ class InstanceTemplate:
     ) -> str:
         """Return the JSON object of one instance (PS3.18 Table 10.6.3-5)."""
         first, second, third, fourth, fifth, last = self.gaps
-        url = _url(
-            self.retrieve_base,
-            "studies",
-            self.study_instance_uid,
-            "series",
-            self.series_instance_uid,
-            "instances",
-            sop_instance_uid,
-        )
-        shape = "".join(
-            f'"{tag}":{{"vr":"{vr}","Value":[{value}]}},'
-            for tag, vr, value in (
-                ("00280002", "US", samples),
-                ("00280008", "IS", number_of_frames),
-                ("00280010", "US", rows),
-                ("00280011", "US", columns),
-                ("00280100", "US", bits_allocated),
-            )
-            if value is not None
+        url = _url(f"{self.address}/instances/{_segment(sop_instance_uid)}")
+        shape = (
+            _known("00280002", "US", samples)
+            + _known("00280008", "IS", number_of_frames)
+            + _known("00280010", "US", rows)
+            + _known("00280011", "US", columns)
+            + _known("00280100", "US", bits_allocated)
         )
         members = (
             f'{first}"00080016":{_uid(sop_class_uid)},'

@@ -82,6 +82,11 @@ class Charset:
     codec: str
     warning: str = ""
 
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing but the default repertoire, ISO 646, is declared."""
+        return self.terms in {("",), ("ISO_IR 6",)}
+
     def decode(self, raw: bytes, vr: str = "LO") -> str:
         """Return the text of a value; padding and delimiters stay in it."""
         if raw.isascii() and b"\x1b" not in raw:
