@@ -38,7 +38,15 @@ class Refused(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class KnownPeer:
-    """A remote AE as the policy sees it."""
+    """A remote AE as the policy sees it.
+
+    Attributes
+    ----------
+    may : frozenset of str
+        Values of `Action` it may ask for.
+    forward : bool
+        Whether every settled study of its tenant is sent to it.
+    """
 
     title: str
     host: str
@@ -46,6 +54,7 @@ class KnownPeer:
     tenant: str
     may: frozenset[str]
     tls: bool = False
+    forward: bool = False
 
 
 class PeerDirectory(Protocol):

@@ -36,6 +36,9 @@ WAL_AUTOCHECKPOINT_PAGES = 25_000
 class Database:
     """The index database of one process.
 
+    Values of statements never reach an error's text: they may be names and birth
+    dates.
+
     Parameters
     ----------
     url : str
@@ -60,6 +63,7 @@ class Database:
         else:
             self._reader = self._writer = self._ingest = create_engine(
                 parsed,
+                hide_parameters=True,
                 pool_size=pool_size,
                 max_overflow=pool_size * 2,
                 pool_pre_ping=True,
@@ -75,6 +79,7 @@ class Database:
         engine = create_engine(
             self.url,
             poolclass=QueuePool,
+            hide_parameters=True,
             pool_size=size,
             max_overflow=20,
             connect_args={"check_same_thread": False, "timeout": BUSY_TIMEOUT_MS / 1e3},
