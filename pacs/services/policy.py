@@ -97,11 +97,17 @@ class AccessPolicy:
         calling_ae: str,
         address: str,
         *,
-        certificate_subject: str | None = None,
+        certificate_name: str | None = None,
     ) -> Actor | Refused:
         """Return the actor an association acts as, or why it is rejected.
 
         The tenant comes from the called AE, then from the calling AE.
+
+        Parameters
+        ----------
+        certificate_name : str, optional
+            Common Name of a verified client certificate: it must name the peer, by
+            its AE title or its host.
         """
         called, calling = called_ae.strip(), calling_ae.strip()
         if called not in self._our_aes:
@@ -111,6 +117,9 @@ class AccessPolicy:
             return Refused.CALLING_AE
         if peer is not None and not self._from_known_address(peer, address):
             return Refused.CALLING_AE
+        if peer is not None and certificate_name is not None:
+            if certificate_name not in {peer.title, peer.host}:
+                return Refused.CALLING_AE
         tenant = self._our_aes[called] or (peer.tenant if peer else "")
         role = Role.ADMIN if self._open else Role.MODALITY
         return Actor(
@@ -118,7 +127,7 @@ class AccessPolicy:
         )
 
     def _from_known_address(self, peer: KnownPeer, address: str) -> bool:
-        """A peer with a literal address must come from it; open nodes trust loopback."""
+        """Hold a peer with a literal address to it; open nodes trust loopback."""
         if self._open or not peer.host or not peer.host[0].isdigit():
             return True
         return peer.host == address
