@@ -117,9 +117,9 @@ class AccessPolicy:
             return Refused.CALLING_AE
         if peer is not None and not self._from_known_address(peer, address):
             return Refused.CALLING_AE
-        if peer is not None and certificate_name is not None:
-            if certificate_name not in {peer.title, peer.host}:
-                return Refused.CALLING_AE
+        names = {peer.title, peer.host} if peer is not None else {calling}
+        if certificate_name is not None and certificate_name not in names:
+            return Refused.CALLING_AE
         tenant = self._our_aes[called] or (peer.tenant if peer else "")
         role = Role.ADMIN if self._open else Role.MODALITY
         return Actor(
