@@ -35,6 +35,8 @@ IDLE_SECONDS = 0.1
 SCAN_POSITIONS = 20_000
 #: Events one `follow` hands over before it saves its position for good.
 FOLLOW_BATCH = 200
+#: Events one `follow_batch` hands over in one transaction.
+TOGETHER_BATCH = 2000
 #: Events one transaction of `prune` deletes.
 PRUNE_BATCH = 5000
 
@@ -312,6 +314,36 @@ class ChangeFeed:
                     self._save(name, page.epoch, done)
             return done - position
 
+    def follow_batch(
+        self,
+        name: str,
+        handler: Callable[[Connection, Sequence[Event]], None],
+        *,
+        kinds: frozenset[str] | None = None,
+    ) -> int:
+        """Hand the next events to `handler` together; return the positions passed.
+
+        The handler's rows and the position commit in one transaction: what it
+        writes through its connection happens exactly once for each event. When it
+        raises, nothing is written and the whole batch comes again.
+        """
+        with _exclusive(self._database, f"follow.{name}") as mine:
+            if not mine:
+                return 0
+            epoch, position = self._place(name)
+            page = self.read(None, position, TOGETHER_BATCH, epoch=epoch)
+            if page.epoch != epoch:
+                position = 0
+                page = self.read(None, 0, TOGETHER_BATCH)
+            if page.next == position and page.epoch == epoch:
+                return 0
+            wanted = [e for e in page.events if kinds is None or e.kind in kinds]
+            with self._database.write() as connection:
+                if wanted:
+                    handler(connection, wanted)
+                self._save_in(connection, name, page.epoch, page.next)
+            return page.next - position
+
     def lag(self, name: str) -> int:
         """Return how many positions the follower `name` has still to pass."""
         epoch, position = self._place(name)
@@ -361,17 +393,22 @@ class ChangeFeed:
         return (str(row[0]), int(row[1])) if row is not None else ("", 0)
 
     def _save(self, name: str, epoch: str, position: int) -> None:
+        with self._database.write() as connection:
+            self._save_in(connection, name, epoch, position)
+
+    def _save_in(
+        self, connection: Connection, name: str, epoch: str, position: int
+    ) -> None:
         module = sqlite if self._database.is_sqlite else postgresql
         statement = module.insert(Subscriber).values(
             name=name, epoch=epoch, position=position
         )
-        with self._database.write() as connection:
-            connection.execute(
-                statement.on_conflict_do_update(
-                    index_elements=["name"],
-                    set_={"epoch": epoch, "position": position},
-                )
+        connection.execute(
+            statement.on_conflict_do_update(
+                index_elements=["name"],
+                set_={"epoch": epoch, "position": position},
             )
+        )
 
 
 def _event(row: Any) -> Event:

@@ -558,6 +558,7 @@ def _event(row: InstanceRow) -> tuple[str, str, str, str, int]:
         "class": row.sop_class_uid,
         "origin": row.origin,
         "digest": row.digest.hex(),
+        "bytes": row.object_length,
     }
     if row.kept_digest and row.kept_digest != row.digest:
         body["kept_digest"] = row.kept_digest.hex()

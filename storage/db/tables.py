@@ -89,3 +89,18 @@ class Subscriber(Base):
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     epoch: Mapped[str] = mapped_column(String(32))
     position: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class IngestActivity(Base):
+    """What one tenant stored in one stretch of ten seconds.
+
+    `slot` is the stretch, counted from 1970. Only the last two days are kept; the
+    counters show how busy a node is and are no accounts.
+    """
+
+    __tablename__ = "ingest_activity"
+
+    slot: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    instances: Mapped[int] = mapped_column(BigInteger)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
