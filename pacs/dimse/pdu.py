@@ -310,7 +310,9 @@ def encode_associate_rq(
     )
     body += item(0x10, APPLICATION_CONTEXT)
     for context in contexts:
-        syntaxes = b"".join(item(0x40, uid.encode()) for uid in context.transfer_syntaxes)
+        syntaxes = b"".join(
+            item(0x40, uid.encode()) for uid in context.transfer_syntaxes
+        )
         body += item(
             0x20,
             bytes((context.context_id, 0, 0, 0))
