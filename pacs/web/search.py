@@ -20,14 +20,17 @@ from pacs.domain.matching import (
 )
 from pacs.domain.study import Level
 from pacs.services.query import SearchPage, SearchRequest
+from pacs.web.dependencies import base_url, current_actor, path_uid
 from pacs.web.native_xml import native_model
-from storage.kernel.errors import InvalidParameter, Unsupported
+from pacs.web.negotiation import DICOM_JSON, DICOM_XML, Offer, choose
+from storage.kernel.errors import InvalidParameter
 from storage.kernel.types import Actor
 
 router = APIRouter(tags=["search"])
 
-JSON = "application/dicom+json"
-XML = "application/dicom+xml"
+#: Forms a search answers in; JSON when nothing is said.
+JSON = Offer(DICOM_JSON)
+XML = Offer(DICOM_XML, multipart=True)
 MAX_PARAMETERS = 256
 MAX_WARNINGS = 16
 MAX_PATH_DEPTH = 8
@@ -41,18 +44,8 @@ class Search(Protocol):
         ...
 
 
-async def current_actor() -> Actor:
-    """Return who asks. The application replaces this dependency."""
-    raise NotImplementedError
-
-
 async def query_service() -> Search:
     """Return the query service. The application replaces this dependency."""
-    raise NotImplementedError
-
-
-async def base_url() -> str:
-    """Return what absolute addresses begin with. The application replaces this."""
     raise NotImplementedError
 
 
@@ -110,11 +103,12 @@ def _answer(
 ) -> Response:
     """Parse, search, and write the answer in the form that was asked for."""
     parsed = parse_query(asked.request.scope["query_string"])
-    form = _form(parsed.accept or asked.request.headers.get("accept", ""))
+    accept = parsed.accept or asked.request.headers.get("accept", "")
+    form = choose(accept, (JSON, XML))
     wanted = replace(
         parsed.search,
-        study_uid=_path_uid("study", study),
-        series_uid=_path_uid("series", series),
+        study_uid=None if study is None else path_uid("study", study),
+        series_uid=None if series is None else path_uid("series", series),
         base_url=asked.base,
     )
     found = asked.query.search(asked.actor, level, wanted)
@@ -130,18 +124,18 @@ def _answer(
     return response
 
 
-def _body(found: SearchPage, form: str) -> Response:
+def _body(found: SearchPage, form: Offer) -> Response:
     if not found.rows:
         return Response(status_code=204)
     if form == JSON:
-        return Response(found.body, media_type=JSON)
+        return Response(found.body, media_type=DICOM_JSON)
     boundary = uuid.uuid4().hex
     parts = b"".join(
         b"--%s\r\nContent-Type: %s\r\n\r\n%s\r\n"
-        % (boundary.encode(), XML.encode(), native_model(orjson.loads(row)))
+        % (boundary.encode(), DICOM_XML.encode(), native_model(orjson.loads(row)))
         for row in found.rows
     )
-    kind = f'multipart/related; type="{XML}"; boundary={boundary}'
+    kind = f"{XML}; boundary={boundary}"
     return Response(
         parts + b"--%s--\r\n" % boundary.encode(), headers={"Content-Type": kind}
     )
@@ -165,55 +159,6 @@ def _next(request: Request, cursor: str) -> str:
     ]
     query = quote("&".join([*kept, f"cursor={cursor}"]), safe="!$&'()*+,;=:@/?%~-._")
     return f"{quote(request.scope['path'])}?{query}"
-
-
-def _path_uid(name: str, value: str | None) -> str | None:
-    # Tolerates: UIDs that are no UIDs, for archives that accepted them.
-    if value is not None and re.fullmatch(r"[0-9A-Za-z._-]{1,64}", value) is None:
-        raise InvalidParameter(name, "not a UID")
-    return value
-
-
-#: Forms a search answers in, and what in an Accept header means each.
-_FORMS = {
-    "*/*": JSON,
-    "application/*": JSON,
-    "application/json": JSON,
-    JSON: JSON,
-    XML: XML,
-    "multipart/*": XML,
-    "multipart/related": XML,
-}
-
-
-def _form(accept: str) -> str:
-    """Choose JSON or XML (PS3.18 8.7.5); JSON when nothing is said.
-
-    Raises
-    ------
-    Unsupported
-        Nothing that is acceptable can be given.
-    """
-    if not accept.strip():
-        return JSON
-    weights: dict[str, float] = {}
-    for entry in accept.lower().split(",")[:64]:
-        name, *parameters = (part.strip() for part in entry.split(";"))
-        named = dict(part.partition("=")[::2] for part in parameters)
-        kind = named.get("type", "").strip('"')
-        form = _FORMS.get(name)
-        if name == "multipart/related" and kind not in {"", XML}:
-            form = None
-        try:
-            weight = float(named.get("q", "1"))
-        except ValueError:
-            weight = 0.0
-        if form is not None:
-            weights[form] = max(weight, weights.get(form, 0.0))
-    best = max((JSON, XML), key=lambda form: weights.get(form, 0.0))
-    if weights.get(best, 0.0) <= 0:
-        raise Unsupported(f'a search answers {JSON} or multipart/related; type="{XML}"')
-    return best
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
 
 from pacs.services.query import QueryService
-from pacs.web import search
+from pacs.web import dependencies, search
 from pacs.web.native_xml import NAMESPACE, native_model
 from storage.db import migrate
 from storage.db.engine import Database
@@ -100,9 +100,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
     app.include_router(search.router, prefix="/dicom-web")
     app.dependency_overrides = {
-        search.current_actor: lambda: ACTOR,
+        dependencies.current_actor: lambda: ACTOR,
         search.query_service: lambda: service,
-        search.base_url: lambda: "http://testserver",
+        dependencies.base_url: lambda: "http://testserver",
     }
     config = uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="off")
     server = uvicorn.Server(config)

@@ -1,0 +1,51 @@
+"""What the DICOMweb routes need from the application, which replaces each of these."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from storage.kernel.errors import InvalidParameter
+from storage.kernel.types import Actor
+
+
+class Policy(Protocol):
+    """Who may do what."""
+
+    def require(self, actor: Actor, action: str) -> None:
+        """Raise NotAllowed unless `actor` may do `action`."""
+        ...
+
+
+async def current_actor() -> Actor:
+    """Return who asks."""
+    raise NotImplementedError
+
+
+async def access_policy() -> Policy:
+    """Return who may do what."""
+    raise NotImplementedError
+
+
+async def base_url() -> str:
+    """Return what absolute addresses begin with; empty: they stay relative."""
+    raise NotImplementedError
+
+
+_UID_CHARACTERS = frozenset(
+    "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz._-"
+)
+
+
+def path_uid(name: str, value: str) -> str:
+    """Return a UID of the path.
+
+    Tolerates: UIDs that are no UIDs, for archives that accepted them.
+
+    Raises
+    ------
+    InvalidParameter
+        It could not be one, whatever the archive accepts.
+    """
+    if not 0 < len(value) <= 64 or not _UID_CHARACTERS.issuperset(value):
+        raise InvalidParameter(name, "not a UID")
+    return value
