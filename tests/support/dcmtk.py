@@ -44,7 +44,7 @@ def run(
         It failed, and `check` is set.
     """
     command = [tool(name), *map(str, arguments)]
-    done = subprocess.run(  # noqa: S603  # a tool of ours, on loopback
+    done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -93,7 +93,7 @@ class RunningNode:
             "--dimse", f"127.0.0.1:{self.dimse_port}",
         ]  # fmt: skip
         with self.log.open("ab") as output:
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=self._environment
             )
         RunningNode.alive.append(self)

@@ -38,7 +38,7 @@ class Orthanc:
         config.write_text(json.dumps(self._configuration()), "utf-8")
         log = self.folder / "log"
         with log.open("ab") as output:
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = subprocess.Popen(
                 [program, str(config)], stdout=output, stderr=output, cwd=self.folder
             )
         process.wait_ready(

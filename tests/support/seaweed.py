@@ -76,7 +76,7 @@ class SeaweedFS:
         ]  # fmt: skip
         log = self.folder / "log"
         with log.open("ab") as output:
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = subprocess.Popen(
                 command, stdout=output, stderr=output, cwd=self.folder
             )
         health = f"http://{self.endpoint}/healthz"
