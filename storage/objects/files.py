@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -19,7 +20,7 @@ from storage.kernel.errors import (
 from storage.kernel.limits import MIB
 from storage.objects.protocol import ObjectInfo, check_key
 
-_NO_SPACE = {28, 122, 27}  # ENOSPC, EDQUOT, EFBIG
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SUFFIX = ".sha256"
 
 
@@ -103,7 +104,11 @@ class FileObjectStore:
                 if key.startswith(prefix):
                     found.append((key, path))
         for key, path in sorted(found):
-            yield ObjectInfo(key, path.stat().st_size, self._digest(path))
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                continue  # deleted meanwhile
+            yield ObjectInfo(key, size, self._digest(path))
 
     def health(self) -> None:
         try:
