@@ -23,6 +23,7 @@ import re
 import struct
 from array import array
 from base64 import b64encode
+from collections.abc import Callable
 from json.encoder import encode_basestring
 from math import isfinite
 from typing import Final
@@ -343,8 +344,8 @@ def _names(text: str) -> str:
     for name in text.split("\\"):
         groups = [
             f'"{label}":{encode_basestring(group)}'
-            for label, group in zip(_GROUPS, name.split("="), strict=False)
-            if (group := group.strip(" \0"))
+            for label, raw in zip(_GROUPS, name.split("="), strict=False)
+            if (group := raw.strip(" \0"))
         ]
         names.append("{" + ",".join(groups) + "}" if groups else "null")
     return ",".join(names)
@@ -355,7 +356,7 @@ _GROUPS = ("Alphabetic", "Ideographic", "Phonetic")
 
 def _texts(text: str, vr: bytes) -> str:
     if vr in _NUMBER_TEXT:
-        write = _decimal if vr == b"DS" else _integer
+        write: Callable[[str], str] = _decimal if vr == b"DS" else _integer
     else:
         write = encode_basestring
     if "\\" not in text:
@@ -456,10 +457,11 @@ def value_at(
                 break
             if kind == FRAGMENTS:
                 return "OB", _one_frame(buffer, begin, stop, encoding, limits)
+            known = vr
             if vr not in _KNOWN or vr == b"UN":
-                vr = effective_vr(tag, vr, stop - begin, signed=scope.signed)
+                known = effective_vr(tag, vr, stop - begin, signed=scope.signed)
             value = memoryview(buffer)[begin:stop]
-            return vr.decode(), little_endian(value, vr, orders[-1])
+            return known.decode(), little_endian(value, known, orders[-1])
     raise NotFound("no such element, or it is empty")
 
 

@@ -49,6 +49,12 @@ class FrameTable:
         return cls(0)
 
     @classmethod
+    def of_one_frame(cls, fragments: array[int]) -> FrameTable:
+        """Return the table of a single frame that is all these fragments."""
+        n = len(fragments) // 2
+        return cls(1, 0, 0, fragments, array("Q", (0, n))) if n else cls.empty()
+
+    @classmethod
     def native(
         cls,
         start: int,
