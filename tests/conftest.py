@@ -14,6 +14,21 @@ from tests.support.node import RunningNode
 from tests.support.orthanc import Orthanc
 from tests.support.seaweed import SeaweedFS
 
+#: What makes a test slow: a server of its own, or its place.
+SLOW_FIXTURES = frozenset({"postgres", "seaweedfs", "orthanc", "node", "shared_node"})
+SLOW_FOLDERS = frozenset({"e2e", "fault", "protocol"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make check` leaves to `make test`."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        wanted: set[str] = set(getattr(item, "fixturenames", ()))
+        callspec = getattr(item, "callspec", None)
+        engines = {"postgresql", "s3"} & set(getattr(callspec, "params", {}).values())
+        if folder in SLOW_FOLDERS or wanted & SLOW_FIXTURES or engines:
+            item.add_marker("slow")
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
