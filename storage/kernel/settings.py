@@ -98,6 +98,9 @@ class PeerSettings(_Part):
         frozenset({"echo", "store"})
     )
     tls: bool = False
+    forward: bool = Field(
+        default=False, description="every settled study of its tenant is sent to it"
+    )
 
 
 class DimseTls(_Part):

@@ -1,0 +1,195 @@
+"""Remote AEs: those of the settings file, and those added at run time."""
+
+from __future__ import annotations
+
+import builtins
+import re
+import threading
+import time
+from collections.abc import Iterable, Mapping
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from pacs.repository.tables import Peer
+from pacs.services.policy import Action, KnownPeer
+from storage.db.engine import Database
+from storage.kernel.clock import Clock
+from storage.kernel.errors import Conflict, InvalidParameter, NotFound, TooLarge
+from storage.kernel.settings import PeerSettings
+
+#: What a peer can be allowed to do here.
+GRANTS = frozenset(
+    {
+        Action.ECHO,
+        Action.STORE,
+        Action.FIND,
+        Action.GET,
+        Action.MOVE,
+        Action.COMMIT,
+    }
+)
+#: How long other processes may go on with what they have read.
+CACHE_SECONDS = 1.0
+MAX_PEERS = 10_000
+
+_TITLE = re.compile(r"[!-\[\]-~](?:[ -\[\]-~]{0,14}[!-\[\]-~])?\Z")
+_HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}\Z")
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+
+
+class PeerService:
+    """The directory of remote AEs; safe from any thread.
+
+    Peers of the settings file win over the table and cannot be changed here.
+
+    Parameters
+    ----------
+    configured : iterable of PeerSettings
+        ``dimse.peers`` of the settings.
+    """
+
+    def __init__(
+        self, *, database: Database, clock: Clock, configured: Iterable[PeerSettings]
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._configured = {one.title: _from_settings(one) for one in configured}
+        self._lock = threading.Lock()
+        self._known: Mapping[str, KnownPeer] = {}
+        self._read_at = -CACHE_SECONDS
+
+    def find(self, title: str) -> KnownPeer | None:
+        """Return the peer with this AE title, or None."""
+        fixed = self._configured.get(title)
+        return fixed if fixed is not None else self._all().get(title)
+
+    def list(self) -> builtins.list[KnownPeer]:
+        """Return every peer, by title."""
+        self._read_at = -CACHE_SECONDS
+        known = {**self._all(), **self._configured}
+        return [known[title] for title in sorted(known)]
+
+    def is_configured(self, title: str) -> bool:
+        """Tell whether a peer comes from the settings file."""
+        return title in self._configured
+
+    def put(self, peer: KnownPeer) -> None:
+        """Add a peer, or change it.
+
+        Raises
+        ------
+        InvalidParameter
+            Names the field that is wrong.
+        Conflict
+            The settings file has it.
+        TooLarge
+        """
+        check_peer(peer)
+        self._not_configured(peer.title)
+        values = {
+            "host": peer.host,
+            "port": peer.port,
+            "tenant": peer.tenant,
+            "may": " ".join(sorted(peer.may)),
+            "tls": int(peer.tls),
+            "forward": int(peer.forward),
+        }
+        module = sqlite if self._database.is_sqlite else postgresql
+        statement = module.insert(Peer).values(
+            title=peer.title, created_us=self._clock.now_us(), **values
+        )
+        with self._database.write() as connection:
+            held = connection.scalar(select(func.count()).select_from(Peer))
+            if held is not None and held >= MAX_PEERS:
+                raise TooLarge("peers", MAX_PEERS)
+            connection.execute(
+                statement.on_conflict_do_update(index_elements=["title"], set_=values)
+            )
+        self._read_at = -CACHE_SECONDS
+
+    def remove(self, title: str) -> None:
+        """Remove a peer.
+
+        Raises
+        ------
+        NotFound
+        Conflict
+            The settings file has it.
+        """
+        self._not_configured(title)
+        with self._database.write() as connection:
+            removed = connection.execute(delete(Peer).where(Peer.title == title))
+        self._read_at = -CACHE_SECONDS
+        if not removed.rowcount:
+            raise NotFound(f"no peer called {title}")
+
+    def _not_configured(self, title: str) -> None:
+        if title in self._configured:
+            raise Conflict(f"{title} is in the settings file; change it there")
+
+    def _all(self) -> Mapping[str, KnownPeer]:
+        with self._lock:
+            if time.monotonic() - self._read_at >= CACHE_SECONDS:
+                with self._database.read() as connection:
+                    rows = connection.execute(
+                        select(
+                            Peer.title,
+                            Peer.host,
+                            Peer.port,
+                            Peer.tenant,
+                            Peer.may,
+                            Peer.tls,
+                            Peer.forward,
+                        )
+                    ).all()
+                self._known = {
+                    title: KnownPeer(
+                        title=title,
+                        host=host,
+                        port=port,
+                        tenant=tenant,
+                        may=frozenset(may.split()),
+                        tls=bool(tls),
+                        forward=bool(forward),
+                    )
+                    for title, host, port, tenant, may, tls, forward in rows
+                }
+                self._read_at = time.monotonic()
+            return self._known
+
+
+def check_peer(peer: KnownPeer) -> None:
+    """Raise InvalidParameter when a peer cannot be what it says."""
+    if not _TITLE.match(peer.title):
+        raise InvalidParameter(
+            "title", "1 to 16 printable ASCII characters, no backslash (PS3.5 6.2)"
+        )
+    if peer.host and not _HOST.match(peer.host):
+        raise InvalidParameter("host", "a host name or an address")
+    if not 0 <= peer.port <= 65_535:
+        raise InvalidParameter("port", "0 to 65535")
+    if peer.port and not peer.host:
+        raise InvalidParameter("host", "a port without a host")
+    if peer.tenant and not _TENANT.match(peer.tenant):
+        raise InvalidParameter("tenant", "a short name of letters, digits, . _ -")
+    unknown = sorted(peer.may - GRANTS)
+    if unknown:
+        raise InvalidParameter(
+            "may",
+            f"no such permission: {unknown[0]}; one of {', '.join(sorted(GRANTS))}",
+        )
+    if peer.forward and not (peer.host and peer.port):
+        raise InvalidParameter("forward", "needs a host and a port")
+
+
+def _from_settings(one: PeerSettings) -> KnownPeer:
+    return KnownPeer(
+        title=one.title,
+        host=one.host,
+        port=one.port,
+        tenant=one.tenant,
+        may=frozenset(one.may),
+        tls=one.tls,
+        forward=one.forward,
+    )
