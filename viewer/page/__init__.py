@@ -1,0 +1,1 @@
+"""The files of the first page, as the browser gets them."""
