@@ -17,6 +17,7 @@ from tests.support.seaweed import SeaweedFS
 #: What makes a test slow: a server of its own, or its place.
 SLOW_FIXTURES = frozenset({"postgres", "seaweedfs", "orthanc", "node", "shared_node"})
 SLOW_FOLDERS = frozenset({"e2e", "fault", "protocol"})
+SLOW_PARAMS = frozenset({"postgresql", "s3"})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,7 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         wanted: set[str] = set(getattr(item, "fixturenames", ()))
         callspec = getattr(item, "callspec", None)
-        engines = {"postgresql", "s3"} & set(getattr(callspec, "params", {}).values())
+        params = getattr(callspec, "params", {}).values()
+        engines = any(isinstance(one, str) and one in SLOW_PARAMS for one in params)
         if folder in SLOW_FOLDERS or wanted & SLOW_FIXTURES or engines:
             item.add_marker("slow")
 
