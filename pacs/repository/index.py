@@ -17,7 +17,7 @@ import orjson
 import psycopg
 from sqlalchemy import Connection
 
-from storage.kernel.errors import IdentityMismatch, ImagingError
+from storage.kernel.errors import IdentityMismatch, ImagingError, LostRace
 from storage.packs.format import Location
 
 #: Series remembered by one process; each costs about half a kilobyte.
@@ -125,10 +125,20 @@ class StaleIndex(Exception):
     """Rows changed since they were looked up; look again and repeat."""
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the index knows of a SOP Instance UID; `digest` is empty without a row."""
+
+    digest: bytes
+    deleted_us: int
+
+
 @dataclass(slots=True)
 class _Added:
     """What one group adds to a series or study."""
 
+    key: ParentKey
+    study_pk: int
     instances: int = 0
     size_bytes: int = 0
     series: int = 0
@@ -158,20 +168,32 @@ class IndexWriter:
         self._series.clear()
         self._packs.clear()
 
-    def known_digests(
+    def held(
         self, connection: Connection, keys: Sequence[tuple[str, str]]
-    ) -> dict[tuple[str, str], bytes]:
-        """Return the digest of each (tenant, SOP Instance UID) that is indexed."""
+    ) -> dict[tuple[str, str], Held]:
+        """Return what is known of each (tenant, SOP Instance UID), if anything."""
         run = self._runner(connection)
         found = {}
         for tenant, uid in keys:
-            row = run(
-                "SELECT digest FROM instance WHERE tenant=? AND sop_instance_uid=?",
-                (tenant, uid),
+            digest, deleted_us = run(
+                "SELECT (SELECT digest FROM instance"
+                " WHERE tenant=? AND sop_instance_uid=?),"
+                " (SELECT max(deleted_us) FROM deletion"
+                " WHERE tenant=? AND sop_instance_uid=?)",
+                (tenant, uid, tenant, uid),
             ).fetchone()
-            if row is not None:
-                found[tenant, uid] = bytes(row[0])
+            if digest is not None or deleted_us is not None:
+                found[tenant, uid] = Held(bytes(digest or b""), deleted_us or 0)
         return found
+
+    def is_deleted(self, connection: Connection, row: InstanceRow) -> bool:
+        """Tell whether the content of `row` was deleted after it was received."""
+        found = self._runner(connection)(
+            "SELECT 1 FROM deletion WHERE tenant=? AND sop_instance_uid=?"
+            " AND digest=? AND deleted_us>=?",
+            (row.key.tenant, row.sop_instance_uid, row.digest, row.received_us),
+        )
+        return found.fetchone() is not None
 
     def check_parents(self, connection: Connection, row: InstanceRow) -> None:
         """Refuse a row that would merge two patients or move a series.
@@ -230,21 +252,36 @@ class IndexWriter:
                 continue
             if fresh is None:
                 continue
-            added = series_added.setdefault(known.series_pk, _Added())
+            added = series_added.setdefault(
+                known.series_pk, _Added(row.key, known.study_pk)
+            )
             added.instances += fresh
             added.size_bytes += row.object_length
-            added = study_added.setdefault(known.study_pk, _Added())
+            added = study_added.setdefault(
+                known.study_pk, _Added(row.key, known.study_pk)
+            )
             added.instances += fresh
             added.size_bytes += row.object_length
             added.series += new_series
             latest_us = max(latest_us, row.received_us)
             self._list_in_study(run, row, known)
+        # The UIDs guard against remembered keys that another process has deleted
+        # and the database has given to other rows.
         for pk in sorted(series_added):
             added = series_added[pk]
             done = run(
                 "UPDATE series SET n_instances=n_instances+?, size_bytes=size_bytes+?,"
-                " revision=revision+1, updated_us=? WHERE id=?",
-                (added.instances, added.size_bytes, latest_us, pk),
+                " revision=revision+1, updated_us=? WHERE id=? AND study_pk=?"
+                " AND tenant=? AND series_instance_uid=?",
+                (
+                    added.instances,
+                    added.size_bytes,
+                    latest_us,
+                    pk,
+                    added.study_pk,
+                    added.key.tenant,
+                    added.key.series_instance_uid,
+                ),
             )
             if done.rowcount != 1:
                 raise StaleIndex
@@ -252,7 +289,8 @@ class IndexWriter:
             added = study_added[pk]
             done = run(
                 "UPDATE study SET n_series=n_series+?, n_instances=n_instances+?,"
-                " size_bytes=size_bytes+?, settle_due_us=?, updated_us=? WHERE id=?",
+                " size_bytes=size_bytes+?, settle_due_us=?, updated_us=? WHERE id=?"
+                " AND tenant=? AND study_instance_uid=?",
                 (
                     added.series,
                     added.instances,
@@ -260,6 +298,8 @@ class IndexWriter:
                     settle_due_us,
                     latest_us,
                     pk,
+                    added.key.tenant,
+                    added.key.study_instance_uid,
                 ),
             )
             if done.rowcount != 1:
@@ -271,8 +311,13 @@ class IndexWriter:
     ) -> int | None:
         """Insert or replace; return how many instances that adds, None for nothing."""
         location = row.location
-        if location is None or row.written is Written.DUPLICATE:
-            row.written = Written.DUPLICATE
+        if row.written is Written.DUPLICATE:
+            return None
+        if location is None:
+            # It was a duplicate when its bytes were dropped; what it duplicated has
+            # been deleted since.
+            row.written = Written.REFUSED
+            row.error = LostRace("index: the instance was deleted meanwhile")
             return None
         pack_pk = self._pack_pk(run, row, location)
         if row.replace:

@@ -8,10 +8,12 @@ Arrivals that wait at the same time share a sync and a transaction.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import mmap
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pacs.domain.study import Accepted, Arrival, Outcome, Spool, Warned
@@ -29,6 +31,7 @@ from storage.db.engine import Database
 from storage.group import GroupCommit, Ticket
 from storage.kernel.clock import Clock
 from storage.kernel.errors import (
+    CorruptData,
     DuplicateInstance,
     IdentityMismatch,
     ImagingError,
@@ -39,11 +42,17 @@ from storage.kernel.errors import (
 from storage.kernel.settings import DuplicatePolicy, SyncPolicy
 from storage.kernel.types import Actor, Digest, Source
 from storage.kernel.uids import is_uid
-from storage.packs.format import Buffer, Location, Record, RecordHeader
-from storage.packs.writer import LargeRecord, PackWriter
+from storage.packs.format import Buffer, Location, Record, RecordHeader, RecordInfo
+from storage.packs.recover import read_record
+from storage.packs.writer import LargeRecord, PackWriter, pack_path
+
+log = logging.getLogger(__name__)
 
 #: Attempts of one group against concurrent writers before it is given up.
 MAX_ATTEMPTS = 8
+#: Records that `reindex` writes in one transaction.
+REINDEX_RECORDS = 200
+REINDEX_BYTES = 32 << 20
 
 
 class IngestObserver(Protocol):
@@ -77,7 +86,25 @@ class _Work:
     """One arrival inside the group: its row, and its record if still to be written."""
 
     row: InstanceRow
-    record: Record | None
+    header: RecordHeader
+    parts: tuple[Buffer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reindexed:
+    """What became of one record that `reindex` was given.
+
+    Attributes
+    ----------
+    written : Written or None
+        None: its content was deleted after it was received.
+    error : ImagingError or None
+        Why it was refused.
+    """
+
+    info: RecordInfo
+    written: Written | None
+    error: ImagingError | None = None
 
 
 class IngestService:
@@ -115,11 +142,15 @@ class IngestService:
         self._observer = observer
         self._index = IndexWriter(node_id=node_id, is_sqlite=database.is_sqlite)
         self._group: GroupCommit[_Work] = GroupCommit(self._commit)
+        #: Records that lie in a pack while it is unknown whether their rows do.
+        self._doubtful: list[Location] = []
+        #: Tombstones that could not be written yet.
+        self._unwritten: list[RecordHeader] = []
 
     def check(
         self,
-        actor: Actor,
-        source: Source,
+        actor: Actor,  # noqa: ARG002  # rules by tenant and AE will ask
+        source: Source,  # noqa: ARG002
         *,
         sop_class_uid: str,
         sop_instance_uid: str,
@@ -198,41 +229,70 @@ class IngestService:
         return accepted
 
     def flush(self) -> None:
-        """Force to stable storage what weaker sync policies left in memory."""
-        if self._sync is not SyncPolicy.INSTANCE:
+        """Force to stable storage what the policy ``association`` left in memory."""
+        if self._sync is SyncPolicy.ASSOCIATION:
             self._packs.sync()
 
-    def reindex(self, records: Iterable[tuple[RecordHeader, Location, Buffer]]) -> int:
-        """Index records that lie in packs already; return how many were new.
+    def reindex(
+        self, records: Iterable[tuple[RecordInfo, Buffer]], *, pack_kind: str = "log"
+    ) -> Iterator[Reindexed]:
+        """Index records that lie in packs already; yield what became of each.
 
         The code is that of `accept`, so that recovery and receiving agree. Records
-        that contradict what is indexed lose, as they would have on arrival.
-        """
-        added = 0
-        batch: list[_Work] = []
-        for header, location, part10 in records:
-            view = memoryview(part10)
-            try:
-                row, _ = describe(
-                    view[header.dataset_offset :],
-                    header,
-                    rules=self._rules,
-                    digest=header_digest(view, header),
-                )
-            except ImagingError:
-                continue
-            finally:
-                view.release()
-            row.location = location
-            batch.append(_Work(row, None))
-            if len(batch) >= 200:
-                added += self._reindex_batch(batch)
-                batch = []
-        return added + (self._reindex_batch(batch) if batch else 0)
+        that contradict what is indexed lose, as they would have on arrival; content
+        replaces other content only where its record says so.
 
-    def _reindex_batch(self, batch: Sequence[_Work]) -> int:
-        self._write_rows([work.row for work in batch])
-        return sum(work.row.written is Written.ADDED for work in batch)
+        Parameters
+        ----------
+        records : iterable of (RecordInfo, Buffer)
+            With the Part-10 object, whose digest is compared.
+        pack_kind : str
+            Of the packs that have no row yet.
+        """
+        batch: list[tuple[RecordInfo, InstanceRow]] = []
+        size = 0
+        for info, part10 in records:
+            try:
+                row = self._describe_stored(info, part10)
+            except ImagingError as error:
+                yield Reindexed(info, Written.REFUSED, error)
+                continue
+            row.pack_kind = pack_kind
+            batch.append((info, row))
+            size += row.object_length
+            if len(batch) >= REINDEX_RECORDS or size >= REINDEX_BYTES:
+                yield from self._reindex_batch(batch)
+                batch, size = [], 0
+        yield from self._reindex_batch(batch)
+
+    def _describe_stored(self, info: RecordInfo, part10: Buffer) -> InstanceRow:
+        header = info.header
+        view = memoryview(part10)[header.dataset_offset :]
+        digest = Digest(hashlib.sha256(view).digest())
+        if digest != info.digest:
+            raise CorruptData("a record's data set is not what was received")
+        row, _ = describe(view, header, rules=self._rules, digest=digest)
+        row.shift(header.dataset_offset)
+        row.location = info.location
+        return row
+
+    def _reindex_batch(
+        self, batch: Sequence[tuple[RecordInfo, InstanceRow]]
+    ) -> Iterator[Reindexed]:
+        if not batch:
+            return
+        markers = {id(row): info.header.digest for info, row in batch}
+        with self._database.read() as connection:
+            living = [r for _, r in batch if not self._index.is_deleted(connection, r)]
+        self._pre_check(living, markers)
+        # Only what changes the index is written: no event tells of the rest.
+        self._write_rows([row for row in living if row.written is None], markers)
+        for info, row in batch:
+            written, error = row.written, row.error
+            if written is Written.DUPLICATE and row.kept_digest != row.digest:
+                written = Written.REFUSED
+                error = DuplicateInstance(row.sop_instance_uid, row.kept_digest.hex())
+            yield Reindexed(info, written, error)
 
     def _accept_small(self, arrival: Arrival, dataset: memoryview) -> Accepted:
         source = arrival.source
@@ -262,8 +322,7 @@ class IngestService:
             dataset_offset=len(head),
         )
         row.shift(len(head))
-        record = Record(header, (head, dataset), arrival.digest)
-        self._group.submit(_Work(row, record), row.object_length)
+        self._group.submit(_Work(row, header, (head, dataset)), row.object_length)
         return self._answer(row, warnings)
 
     def _accept_large(self, arrival: Arrival, spool: Spool) -> Accepted:
@@ -274,18 +333,20 @@ class IngestService:
             with large.mmap() as mapped:
                 row, warnings = self._describe_mapped(arrival, spool, mapped)
             self._pre_check([row])
+            # The record's header is on the disk already, so that it cannot name what
+            # it replaces; the tombstone that `_disown` writes does.
             if row.written is None:
                 row.location = large.finish(arrival.digest)
                 row.pack_kind = "large"
-            else:
-                large.abort()
-            self._group.submit(_Work(row, None), 0)
-            if row.written not in (Written.ADDED, Written.REPLACED):
-                # Lost a race after the pack was finished: nothing refers to it.
-                large.abort()
-        except BaseException:
+            self._group.submit(_Work(row, spool.header), 0)
+            if row.location is not None:
+                if row.written in {Written.ADDED, Written.REPLACED}:
+                    large.release()
+                else:
+                    # A race was lost after the pack was finished.
+                    large.discard()
+        finally:
             large.abort()
-            raise
         return self._answer(row, warnings)
 
     def _describe_mapped(
@@ -331,7 +392,7 @@ class IngestService:
         if row.error is not None:
             raise row.error
         duplicate = row.written is Written.DUPLICATE
-        if duplicate and row.kept_digest not in (b"", row.digest):
+        if duplicate and row.kept_digest != row.digest:
             raise DuplicateInstance(row.sop_instance_uid, row.kept_digest.hex())
         return Accepted(
             Outcome.DUPLICATE if duplicate else Outcome.STORED,
@@ -345,67 +406,187 @@ class IngestService:
     def _commit(self, group: Sequence[Ticket[_Work]]) -> None:
         """Append, sync and index one group; runs in the leader's thread."""
         works = [ticket.item for ticket in group]
-        rows = [work.row for work in works]
-        self._pre_check([work.row for work in works if work.record is not None])
-        fresh = [w for w in works if w.record is not None and w.row.written is None]
+        self._resolve_doubts()
+        small = [work.row for work in works if work.parts]
+        twins = self._pre_check(small)
+        fresh = [work for work in works if work.parts and work.row.written is None]
         if fresh:
-            records = [work.record for work in fresh if work.record is not None]
+            for work in fresh:
+                work.header = _final(work.header, work.row)
+            records = [Record(w.header, w.parts, w.row.digest) for w in fresh]
             for work, location in zip(fresh, self._packs.append(records), strict=True):
                 work.row.location = location
-        self._write_rows(rows)
+        try:
+            repeated = self._write_rows([work.row for work in works])
+        except BaseException:
+            self._doubtful += [w.row.location for w in fresh if w.row.location]
+            raise
+        for row, first in twins if repeated is None else repeated:
+            if first.written is Written.REFUSED:
+                row.written, row.error = Written.REFUSED, first.error
+            elif first.written is Written.DUPLICATE:
+                row.kept_digest = first.kept_digest
+        self._disown(works)
 
-    def _pre_check(self, rows: Sequence[InstanceRow]) -> None:
-        """Mark duplicates and contradictions, so that no bytes are written for them."""
-        keys = [(row.key.tenant, row.sop_instance_uid) for row in rows]
-        seen: dict[tuple[str, str], bytes] = {}
+    def _pre_check(
+        self, rows: Sequence[InstanceRow], markers: Mapping[int, str] | None = None
+    ) -> list[tuple[InstanceRow, InstanceRow]]:
+        """Mark duplicates and contradictions, so that no bytes are written for them.
+
+        Parameters
+        ----------
+        markers : mapping, optional
+            For records that exist: by the row's identity, what each says it replaces.
+
+        Returns
+        -------
+        list of pairs
+            Each row whose UID another row of `rows` has taken, with that one.
+        """
+        seen: dict[tuple[str, str], InstanceRow] = {}
+        twins = []
         with self._database.read() as connection:
-            held = self._index.known_digests(connection, keys)
+            keys = [(row.key.tenant, row.sop_instance_uid) for row in rows]
+            known = self._index.held(connection, keys)
             for key, row in zip(keys, rows, strict=True):
-                kept = held.get(key) or seen.get(key)
-                if kept is not None and not self._replaces(row, kept, key in held):
-                    row.written, row.kept_digest = Written.DUPLICATE, kept
+                held = known.get(key)
+                if held is not None and held.digest:
+                    if not self._replaces(row, held.digest, markers):
+                        row.written, row.kept_digest = Written.DUPLICATE, held.digest
+                        continue
+                    row.replace, row.kept_digest = True, held.digest
+                elif key in seen:
+                    first = seen[key]
+                    row.written, row.kept_digest = Written.DUPLICATE, first.digest
+                    twins.append((row, first))
                     continue
-                row.replace = key in held
+                if held is not None and row.location is None:
+                    # Whatever the clock does: received after every deletion.
+                    row.received_us = max(row.received_us, held.deleted_us + 1)
                 try:
                     self._index.check_parents(connection, row)
                 except IdentityMismatch as error:
                     row.written, row.error = Written.REFUSED, error
                     continue
-                seen[key] = row.digest
+                seen[key] = row
+        return twins
 
-    def _replaces(self, row: InstanceRow, kept: bytes, indexed: bool) -> bool:  # noqa: FBT001
+    def _replaces(
+        self, row: InstanceRow, kept: bytes, markers: Mapping[int, str] | None
+    ) -> bool:
+        if markers is not None:
+            return markers[id(row)] == kept.hex()
         return (
-            indexed
-            and kept != row.digest
-            and self._rules.duplicates is DuplicatePolicy.IF_CHANGED
+            kept != row.digest and self._rules.duplicates is DuplicatePolicy.IF_CHANGED
         )
 
-    def _write_rows(self, rows: Sequence[InstanceRow]) -> None:
-        """Commit the rows of one group, repeating when other writers interfere."""
+    def _write_rows(
+        self, rows: Sequence[InstanceRow], markers: Mapping[int, str] | None = None
+    ) -> list[tuple[InstanceRow, InstanceRow]] | None:
+        """Commit the rows of one group, repeating when other writers interfere.
+
+        Returns what `_pre_check` did when it had to be repeated.
+        """
+        twins: list[tuple[InstanceRow, InstanceRow]] | None = None
         settle_due_us = self._clock.now_us() + int(self._rules.settle_seconds * 1e6)
-        for attempt in range(MAX_ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS if rows else 0):
             try:
                 with self._database.ingest() as connection:
                     self._index.add(connection, rows, settle_due_us=settle_due_us)
             except (StaleIndex, LostRace):
-                if attempt == MAX_ATTEMPTS - 1:
-                    raise LostRace("index: too many concurrent changes") from None
                 self._index.forget()
                 for row in rows:
                     row.written, row.error, row.kept_digest = None, None, b""
-                self._pre_check(rows)
+                    row.replace = False
+                twins = self._pre_check(rows, markers)
+            except BaseException:
+                # What was remembered may have been rolled back.
+                self._index.forget()
+                raise
             else:
-                return
+                return twins
+        if rows:
+            raise LostRace("index: too many concurrent changes")
+        return twins
+
+    def _resolve_doubts(self) -> None:
+        """Index what an earlier group left in its pack when its commit failed.
+
+        Those senders were told to try again; a record that lies in a pack without
+        anybody knowing could one day contradict what they sent then.
+        """
+        while self._doubtful:
+            location = self._doubtful[-1]
+            found = read_record(
+                pack_path(self._packs.folder, location.pack_key), location.record_offset
+            )
+            if found is not None:
+                for one in self.reindex([found]):
+                    if one.written is Written.REFUSED:
+                        self._unwritten.append(tombstone(one.info, "orphan"))
+            self._doubtful.pop()
+        self._write_tombstones()
+
+    def _disown(self, works: Sequence[_Work]) -> None:
+        """Bury records that lost a race, and content that was replaced unnamed.
+
+        A rebuild, which sees only packs, must not bring them back. What cannot be
+        written now is written with the next group.
+        """
+        for work in works:
+            row, header = work.row, work.header
+            lost = row.written in {Written.REFUSED, Written.DUPLICATE}
+            if row.location is None or (lost and row.pack_kind == "large"):
+                continue
+            if lost and row.kept_digest != row.digest:
+                self._unwritten.append(
+                    replace(header, digest=row.digest.hex(), origin="orphan")
+                )
+            elif (
+                row.written is Written.REPLACED
+                and row.kept_digest.hex() != header.digest
+            ):
+                self._unwritten.append(
+                    replace(
+                        header,
+                        digest=row.kept_digest.hex(),
+                        received_us=self._clock.now_us(),
+                        origin="replaced",
+                    )
+                )
+        if self._unwritten:
+            try:
+                self._write_tombstones()
+            except ImagingError as error:
+                log.warning(
+                    "tombstones wait: %s",
+                    error,
+                    extra={"event": "ingest.tombstones", "code": error.code},
+                )
+
+    def _write_tombstones(self) -> None:
+        if self._unwritten:
+            self._packs.append_tombstones(self._unwritten)
+            self._unwritten = []
+
+
+def _final(header: RecordHeader, row: InstanceRow) -> RecordHeader:
+    """Return the header as it is written, once the index has been asked."""
+    if not row.replace and row.received_us == header.received_us:
+        return header
+    return replace(
+        header,
+        received_us=row.received_us,
+        digest=row.kept_digest.hex() if row.replace else "",
+    )
+
+
+def tombstone(info: RecordInfo, reason: str) -> RecordHeader:
+    """Return the tombstone of a record that lost against another."""
+    return replace(info.header, digest=info.digest.hex(), origin=reason)
 
 
 def _size(arrival: Arrival) -> int:
     if isinstance(arrival.dataset, memoryview):
         return arrival.dataset.nbytes
     return getattr(getattr(arrival.dataset, "large", None), "object_length", 0)
-
-
-def header_digest(part10: memoryview, header: RecordHeader) -> Digest:
-    """Return the digest kept with a record; computed when the header lacks it."""
-    import hashlib
-
-    return Digest(hashlib.sha256(part10[header.dataset_offset :]).digest())

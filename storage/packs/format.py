@@ -56,7 +56,8 @@ class RecordHeader:
     """What is known about a received object beside its bytes.
 
     In a tombstone, `sop_instance_uid` with `digest` (hex) name what was deleted and
-    `received_us` when; `origin` is the reason.
+    `received_us` when: it counts for what was received until then. `origin` is the
+    reason. In an object's record `digest` names the content it replaces, if any.
     """
 
     tenant: str

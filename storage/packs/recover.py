@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,16 +66,25 @@ def remove_partial(folder: Path) -> int:
 
 def is_alive(path: Path) -> bool:
     """Tell whether a process is appending to the pack."""
+    with claimed(path) as mine:
+        return not mine and path.exists()
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold a pack that nobody appends to; yields False when somebody does."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        yield False
+        return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(fd)
 
@@ -110,7 +121,7 @@ def iter_records(
                 yield record
                 position = record.end
                 continue
-            following = _next_record(fd, key, position, size)
+            following = _next_record(fd, key, _known_end(fd, position, size), size)
             if following is None:
                 yield Damage(position, size, torn=True)
                 return
@@ -128,6 +139,35 @@ def record_at(path: Path, offset: int) -> RecordInfo | None:
         return _record_at(fd, key, offset, os.fstat(fd).st_size, check_objects=True)
     finally:
         os.close(fd)
+
+
+def read_record(path: Path, offset: int) -> tuple[RecordInfo, memoryview] | None:
+    """Return the whole record at `offset` with its object, or None.
+
+    The object is a view of the file, not a copy.
+    """
+    try:
+        info = record_at(path, offset)
+    except (FileNotFoundError, CorruptData):
+        return None
+    return None if info is None else (info, view_object(path, info))
+
+
+def view_object(path: Path, info: RecordInfo) -> memoryview:
+    """Map the object of a whole record, read-only; the last view unmaps it."""
+    place = info.location
+    start = place.object_offset - place.object_offset % mmap.ALLOCATIONGRANULARITY
+    skip = place.object_offset - start
+    if not place.object_length:
+        return memoryview(b"")
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        mapped = mmap.mmap(
+            fd, skip + place.object_length, access=mmap.ACCESS_READ, offset=start
+        )
+    finally:
+        os.close(fd)
+    return memoryview(mapped)[skip:]
 
 
 def cut(path: Path, size: int) -> None:
@@ -184,9 +224,25 @@ def _crc(fd: int, offset: int, length: int) -> int:
     return crc
 
 
-def _next_record(fd: int, key: str, position: int, size: int) -> int | None:
-    """Return where the next whole record begins after a damaged place."""
-    offset = position + ALIGNMENT
+def _known_end(fd: int, position: int, size: int) -> int:
+    """Return from where on a record may follow the damaged one at `position`.
+
+    The extent of a record whose start is whole is known, so that nothing inside a
+    received object is ever taken for a record.
+    """
+    raw = os.pread(fd, PREFIX_LENGTH, position)
+    prefix = decode_prefix(raw)
+    if prefix is None:
+        return position + ALIGNMENT
+    raw_header = os.pread(fd, prefix.header_length, position + PREFIX_LENGTH)
+    if decode_header(raw, raw_header) is None:
+        return position + ALIGNMENT
+    end = position + record_length(prefix.header_length, prefix.object_length)
+    return min(end, size)
+
+
+def _next_record(fd: int, key: str, offset: int, size: int) -> int | None:
+    """Return where the first whole record begins from `offset` on."""
     while offset < size:
         data = os.pread(fd, CHUNK + PREFIX_LENGTH, offset)
         found = data.find(RECORD_MAGIC)

@@ -89,7 +89,11 @@ class SpaceGuard:
         now = time.monotonic()
         stale = now - self._checked_at > SPACE_CHECK_SECONDS
         if stale or self._room < size_bytes + SPACE_CHECK_BYTES:
-            self._room = shutil.disk_usage(self.folder).free - self.min_free_bytes
+            try:
+                free = shutil.disk_usage(self.folder).free
+            except OSError as error:
+                raise _translated(error) from error
+            self._room = free - self.min_free_bytes
             self._checked_at = now
         if self._room < size_bytes:
             raise StorageFull("less free space than the guard keeps back")
@@ -124,13 +128,20 @@ class PackWriter:
         on_closed: Callable[[str, int], None] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
         self._folder = folder
         self._roll_bytes = roll_bytes
         self._policy = sync
         self._guard = SpaceGuard(folder, min_free_bytes)
         self._on_closed = on_closed
         self._open: dict[str, _Open] = {}
+        self._failure: ImagingError | None = None
         self._lock = threading.Lock()
+
+    @property
+    def folder(self) -> Path:
+        """Where the packs lie."""
+        return self._folder
 
     def check_space(self) -> None:
         """Raise StorageFull while the free-space guard says no."""
@@ -151,26 +162,29 @@ class PackWriter:
 
     def _append(self, records: Sequence[Record]) -> list[Location]:
         placed: dict[int, Location] = {}
-        touched: dict[str, tuple[_Open, int]] = {}
+        touched: list[tuple[str, _Open, int]] = []
+        syncing = False
         try:
             for tenant, indices in _by_tenant(records):
                 pack = self._pack(tenant)
-                touched[tenant] = (pack, pack.size)
+                touched.append((tenant, pack, pack.size))
                 written = self._write(pack, [records[i] for i in indices])
                 placed.update(zip(indices, written, strict=True))
-            if self._policy is SyncPolicy.INSTANCE:
-                for pack, _ in touched.values():
+            syncing = self._policy is SyncPolicy.INSTANCE
+            for _, pack, _ in touched:
+                if syncing:
                     self._sync(pack)
-            else:
-                for pack, _ in touched.values():
+                else:
                     pack.unsynced = True
         except (OSError, ImagingError) as error:
-            for tenant, (pack, size) in touched.items():
-                self._cut(tenant, pack, size)
+            for tenant, pack, size in touched:
+                # After a failed sync the kernel may have dropped what it could not
+                # write: such a pack takes no more.
+                self._cut(tenant, pack, size, keep=not syncing)
             if isinstance(error, OSError):
                 raise _translated(error) from error
             raise
-        for tenant, (pack, _) in touched.items():
+        for tenant, pack, _ in touched:
             if pack.size >= self._roll_bytes:
                 self._close(tenant)
         return [placed[i] for i in range(len(records))]
@@ -182,14 +196,23 @@ class PackWriter:
         self.sync()
 
     def sync(self) -> None:
-        """Make everything appended so far durable, whatever the policy."""
+        """Make everything appended so far durable, whatever the policy.
+
+        Raises
+        ------
+        StorageFull, DependencyDown
+            Also when a pack could not be synced as it was closed.
+        """
         with self._lock:
+            failure, self._failure = self._failure, None
             for pack in self._open.values():
                 if pack.unsynced:
                     try:
                         self._sync(pack)
                     except OSError as error:
-                        raise _translated(error) from error
+                        failure = _translated(error)
+            if failure is not None:
+                raise failure
 
     def open_large(self, header: RecordHeader) -> LargeRecord:
         """Start a pack of its own for an object too large for memory."""
@@ -212,13 +235,14 @@ class PackWriter:
         return pack
 
     def _create(self) -> _Open:
-        key = uuid.uuid4().hex
-        path = pack_path(self._folder, key)
-        path.parent.mkdir(exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
-        # The lock tells recovery in another process that this pack is alive.
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _write_all(fd, [encode_file_header(key)], 0)
+        key, path, fd = _begin(self._folder)
+        try:
+            _write_all(fd, [encode_file_header(key)], 0)
+            path.with_suffix(PARTIAL).rename(path)
+        except BaseException:
+            os.close(fd)
+            path.with_suffix(PARTIAL).unlink(missing_ok=True)
+            raise
         return _Open(key, path, fd, FILE_HEADER_LENGTH)
 
     def _write(self, pack: _Open, records: Sequence[Record]) -> list[Location]:
@@ -244,22 +268,25 @@ class PackWriter:
             pack.fresh = False
         pack.unsynced = False
 
-    def _cut(self, tenant: str, pack: _Open, size: int) -> None:
+    def _cut(self, tenant: str, pack: _Open, size: int, *, keep: bool) -> None:
         """Take back what a failed append wrote; give the pack up if even that fails."""
         try:
             os.ftruncate(pack.fd, size)
         except OSError:
+            keep = False
+        pack.size = size
+        if not keep:
             self._open.pop(tenant, None)
             os.close(pack.fd)
-            return
-        pack.size = size
 
     def _close(self, tenant: str) -> None:
+        """Close a pack; when it cannot be synced, the next `sync` says so."""
         pack = self._open.pop(tenant)
         try:
-            self._sync(pack)
+            if pack.unsynced or pack.fresh:
+                self._sync(pack)
         except OSError as error:
-            raise _translated(error) from error
+            self._failure = _translated(error)
         finally:
             os.close(pack.fd)
         if self._on_closed is not None:
@@ -270,27 +297,27 @@ class LargeRecord:
     """One object on its way into a pack of its own.
 
     Until `finish` the file carries the suffix ``.partial``; a crash leaves nothing
-    that recovery would take for an object.
+    that recovery would take for an object. Until `release` recovery in another
+    process leaves the pack alone.
     """
 
     def __init__(self, folder: Path, header: RecordHeader, guard: SpaceGuard) -> None:
-        self.key = uuid.uuid4().hex
-        self._path = pack_path(folder, self.key)
-        self._partial = self._path.with_suffix(PARTIAL)
         self._guard = guard
         self._header = encode_header(header)
-        self._path.parent.mkdir(exist_ok=True)
-        self._fd: int | None = os.open(
-            self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640
-        )
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._crc = 0
+        self._finished = False
         self.object_length = 0
+        self._fd: int | None
+        self.key, self._path, self._fd = _begin(folder)
+        self._partial = self._path.with_suffix(PARTIAL)
         prefix = encode_prefix(Kind.OBJECT, self._header, 0)
         start = [encode_file_header(self.key), prefix, self._header]
         self.object_offset = sum(map(len, start))
-        _write_all(self._fd, start, 0)
-        self._finished = False
+        try:
+            _write_all(self._fd, start, 0)
+        except BaseException:
+            self.abort()
+            raise
 
     def write(self, data: Buffer) -> None:
         """Append object bytes.
@@ -335,23 +362,49 @@ class LargeRecord:
         except OSError as error:
             raise _translated(error) from error
         self._finished = True
-        os.close(fd)
-        self._fd = None
         return Location(
             self.key, FILE_HEADER_LENGTH, self.object_offset, self.object_length
         )
 
-    def discard(self) -> None:
-        """Unlink a finished pack that nothing refers to."""
-        self._path.unlink(missing_ok=True)
-
-    def abort(self) -> None:
-        """Leave nothing behind; harmless once finished."""
+    def release(self) -> None:
+        """Let go of a finished pack: its row is committed."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+    def discard(self) -> None:
+        """Unlink a finished pack that nothing refers to."""
+        self._path.unlink(missing_ok=True)
+        self.release()
+
+    def abort(self) -> None:
+        """Leave nothing behind; a finished pack is left to recovery."""
         if not self._finished:
             self._partial.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
+        self.release()
+
+
+def _begin(folder: Path) -> tuple[str, Path, int]:
+    """Make the file of a new pack under its partial name, locked.
+
+    The lock tells recovery in another process that this pack is alive; the pack gets
+    its name only once it is held.
+    """
+    key = uuid.uuid4().hex
+    path = pack_path(folder, key)
+    path.parent.mkdir(exist_ok=True)
+    fd = os.open(
+        path.with_suffix(PARTIAL),
+        os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
+        0o640,
+    )
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except BaseException:
+        os.close(fd)
+        raise
+    return key, path, fd
 
 
 def _by_tenant(records: Sequence[Record]) -> list[tuple[str, list[int]]]:
