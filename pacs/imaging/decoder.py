@@ -93,7 +93,8 @@ def decode(
         return np.right_shift(np.left_shift(widened, shift), shift)
     if not signed and decoded.dtype.kind == "i" and 0 < precision < bits_allocated:
         mask = target.type((1 << precision) - 1)
-        return np.bitwise_and(decoded.astype(target), mask)
+        masked: Array = np.bitwise_and(decoded.astype(target), mask)
+        return masked
     return decoded.astype(target, copy=False)
 
 

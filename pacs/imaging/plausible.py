@@ -88,8 +88,16 @@ def _check_pixels(
     bits = found.unsigned(BITS_ALLOCATED)
     if rows is None or columns is None or bits is None:
         return
-    if not rows or not columns or not 1 <= bits <= 64:
-        warnings.append((ROWS, "impossible image size"))
+    impossible = [
+        tag
+        for tag, wrong in (
+            (ROWS, not rows), (COLUMNS, not columns),
+            (BITS_ALLOCATED, not 1 <= bits <= 64),
+        )
+        if wrong
+    ]  # fmt: skip
+    if impossible:
+        warnings.extend((tag, "impossible image size") for tag in impossible)
         return
     if pixel.encapsulated:
         if not pixel.fragments:

@@ -58,6 +58,8 @@ from storage.kernel.limits import Limits
 _TARGETS: Final = frozenset((syntaxes.IMPLICIT_VR_LE, syntaxes.EXPLICIT_VR_LE))
 #: Describe encapsulated Pixel Data and mean nothing without it (PS3.5 A.4.1).
 _OFFSET_TABLES: Final = frozenset((0x7FE00001, 0x7FE00002, 0x7FE00003))
+#: Groups of command sets and File Meta Information.
+_FOREIGN: Final = frozenset((0x0000, 0x0002))
 _PIXEL_GROUP: Final = 0x0028
 NUMBER_OF_FRAMES: Final = 0x00280008
 _COUNT: Final = re.compile(r"[0-9]{1,9}\Z")
@@ -223,7 +225,7 @@ class _Rewriter:
             elif kind == ELEMENT:
                 yield from self._element(scope, tag, vr, begin, stop)
             elif kind == SEQUENCE:
-                if tag < 0x00040000:
+                if tag >> 16 in _FOREIGN:
                     skipping = 1
                     continue
                 yield self._head(tag, b"SQ", _UNDEFINED)
@@ -252,7 +254,7 @@ class _Rewriter:
     def _element(
         self, scope: _Scope, tag: int, vr: bytes, begin: int, stop: int
     ) -> Iterator[Buffer]:
-        if tag < 0x00040000 or not tag & 0xFFFF:
+        if tag >> 16 in _FOREIGN or not tag & 0xFFFF:
             return
         if scope.spec is not None and tag in _OFFSET_TABLES:
             return
