@@ -111,6 +111,8 @@ class Association:
         self._current: int | None = None
         self._release_requested = False
         self._message_id = 0
+        #: Status (0000,0900) of the last response.
+        self.last_status = 0
         self._out: list[bytes | memoryview] = []
         self._out_bytes = 0
 
@@ -147,6 +149,21 @@ class Association:
                 self._put(data_pdus(context_id, 0, chunk, self.max_send, last=last))
                 if self._out_bytes >= _BATCH:
                     self.flush()
+        if self._out_bytes >= _BATCH:
+            self.flush()
+
+    def encoded(self, context_id: int, command: dict[int, Value]) -> bytes:
+        """Return the PDUs of a command set that goes out many times."""
+        raw = cmd.encode(command)
+        return b"".join(data_pdus(context_id, COMMAND, raw, self.max_send, last=True))
+
+    def post_encoded(self, context_id: int, command: bytes, dataset: bytes) -> None:
+        """Queue a message whose command is `encoded` already."""
+        self._out.append(
+            command
+            + b"".join(data_pdus(context_id, 0, dataset, self.max_send, last=True))
+        )
+        self._out_bytes += len(self._out[-1])
         if self._out_bytes >= _BATCH:
             self.flush()
 

@@ -10,6 +10,7 @@ from enum import IntEnum
 
 from pacs.dimse.pdu import AbortReason, ProtocolError
 
+GROUP_LENGTH = 0x0000
 AFFECTED_CLASS = 0x0002
 REQUESTED_CLASS = 0x0003
 FIELD = 0x0100
@@ -66,6 +67,8 @@ Value = int | str | bytes
 def decode(raw: bytes | bytearray | memoryview) -> dict[int, Value]:
     """Return element number to value; US as int, the rest as stripped text.
 
+    Command Group Length (0000,0000) is there only when it is wrong.
+
     Raises
     ------
     ProtocolError
@@ -88,6 +91,8 @@ def decode(raw: bytes | bytearray | memoryview) -> dict[int, Value]:
             values[element] = _U16.unpack(value)[0]
         elif element:
             values[element] = value.decode("latin-1").rstrip("\0 ")
+        elif value != (size - position).to_bytes(4, "little"):
+            values[GROUP_LENGTH] = value
     if FIELD not in values:
         raise ProtocolError("command field is missing", AbortReason.NOT_SPECIFIED)
     return values
@@ -120,6 +125,11 @@ def number(values: dict[int, Value], element: int, default: int = 0) -> int:
     """Return a US element."""
     value = values.get(element, default)
     return value if isinstance(value, int) else default
+
+
+def tags(*values: int) -> bytes:
+    """Return a value of VR AT: Offending Element (0000,0901)."""
+    return b"".join(struct.pack("<HH", tag >> 16, tag & 0xFFFF) for tag in values)
 
 
 def response(

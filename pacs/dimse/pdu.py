@@ -101,6 +101,7 @@ class AssociateRequest:
     extended: Mapping[str, bytes] = field(default_factory=dict)
     user_identity: UserIdentity | None = None
     protocol_version: int = 1
+    application_context: str = APPLICATION_CONTEXT.decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +157,11 @@ def parse_associate_rq(body: bytes) -> AssociateRequest:
     contexts: list[ProposedContext] = []
     user: _UserInformation = _UserInformation()
     seen: set[int] = set()
+    name = ""
     for kind, start, end in _items(body, 68, len(body)):
-        if kind == 0x20:
+        if kind == 0x10:
+            name = _uid(body[start:end])
+        elif kind == 0x20:
             context = _parse_context(body, start, end)
             if context.context_id in seen or context.context_id % 2 == 0:
                 raise ProtocolError("a presentation context id is even or used twice")
@@ -176,6 +180,7 @@ def parse_associate_rq(body: bytes) -> AssociateRequest:
         extended=user.extended,
         user_identity=user.identity,
         protocol_version=version,
+        application_context=name,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -227,7 +227,7 @@ class QueryService:
         relational: bool = False,
         fuzzy: bool = False,
         limit: int | None = None,
-    ) -> Iterator[Mapping[int, str]]:
+    ) -> Generator[Mapping[int, str], None, None]:
         """Find matches of a C-FIND identifier (PS3.4 C.4.1.3), newest study first.
 
         Each match has the text of every known attribute among `keys` and of the
@@ -269,7 +269,7 @@ class QueryService:
         tags: Sequence[int],
         constant: Mapping[int, str],
         allowed: int,
-    ) -> Iterator[Mapping[int, str]]:
+    ) -> Generator[Mapping[int, str], None, None]:
         with (
             self._database.read() as connection,
             closing(stream(connection, actor, selection)) as rows,
