@@ -15,6 +15,7 @@ import gc
 import http.client
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -25,8 +26,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, Protocol
 
+from gateway import logs
 from storage.kernel.errors import Conflict, ImagingError, InvalidParameter
 from storage.kernel.settings import Settings
 
@@ -52,6 +55,9 @@ START_ATTEMPTS = 5
 READY_SECONDS = 120.0
 #: One question to `/readyz`; deaths are noticed in between.
 PROBE_SECONDS = 1.0
+#: Folders of metrics begin with this, then the process id of the supervisor.
+METRICS = "metrics-"
+_M_ARENA_MAX = -8
 WEB_BACKLOG = 1024
 DIMSE_BACKLOG = 256
 
@@ -91,6 +97,8 @@ class Entry:
         Gets settings and slot.
     counts : callable
         Makes the shared counts for a number of slots.
+    buried : callable
+        Gets the process id of each that died.
     """
 
     prepare: Callable[[Settings], None]
@@ -98,6 +106,7 @@ class Entry:
     dimse: Callable[[Settings, socket.socket, socket.socket | None, Any, int], None]
     worker: Callable[[Settings, int], None]
     counts: Callable[[Settings, int], Counts]
+    buried: Callable[[int], None] = lambda _pid: None
 
 
 @dataclass(slots=True)
@@ -161,7 +170,9 @@ def serve(
     """
     # Threads of a numeric library would not survive the fork, and cost memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with data_lock(settings.data, kinds):
+    logs.configure(settings.log)
+    _return_memory()
+    with data_lock(settings.data, kinds), _shared_metrics(settings.data):
         sockets = listen(settings, kinds)
         try:
             made = (entry or default_entry)()
@@ -175,10 +186,48 @@ def serve(
                 one.close()
 
 
+@contextmanager
+def _shared_metrics(data: Path) -> Iterator[None]:
+    """Give the processes a folder in which prometheus_client adds them up.
+
+    Order matters: it decides at its import whether there is one.
+    """
+    left = [path for path in data.glob(f"{METRICS}*") if not _in_use(path)]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    with TemporaryDirectory(
+        prefix=f"{METRICS}{os.getpid()}-", dir=data, ignore_cleanup_errors=True
+    ) as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        yield
+
+
+def _in_use(metrics: Path) -> bool:
+    """Tell whether the node that made this folder still runs."""
+    owner = metrics.name.removeprefix(METRICS).partition("-")[0]
+    try:
+        os.kill(int(owner), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _return_memory() -> None:
+    """Have the allocator give large buffers back at once, from few arenas.
+
+    Threads come and go with associations; each would leave an arena of its own.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_ARENA_MAX, 2)
+
+
 def default_entry() -> Entry:
     """Load the application."""
-    from gateway import app
-    from pacs.dimse.server import AssociationCounts
+    from gateway import app, metrics
+    from pacs.dimse.counts import AssociationCounts
 
     return Entry(
         prepare=app.prepare,
@@ -186,6 +235,7 @@ def default_entry() -> Entry:
         dimse=app.run_dimse,
         worker=app.run_worker,
         counts=AssociationCounts.for_settings,
+        buried=metrics.forget_process,
     )
 
 
@@ -442,12 +492,13 @@ class _Supervisor:
 
     def _note_death(self, slot: _Slot, status: int) -> None:
         now = time.monotonic()
-        slot.pid = 0
+        pid, slot.pid = slot.pid, 0
         slot.deaths = 1 if now - slot.started > STABLE_SECONDS else slot.deaths + 1
         first, longest = RESTART_SECONDS
         slot.due = now + min(first * 2.0 ** min(slot.deaths - 1, 20), longest)
         if slot.kind is Kind.DIMSE and self._counts is not None:
             self._counts.reset(slot.number)
+        self._entry.buried(pid)
         log.error(
             "process died",
             extra={

@@ -1,0 +1,218 @@
+"""``/api/v1``: the change feed, settling, peers, and what this node is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+import orjson
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+
+from pacs.services.policy import Action, KnownPeer
+from storage.kernel.errors import InvalidParameter, TooLarge
+from storage.kernel.types import Actor
+from storage.outbox import ChangePage
+
+router = APIRouter(prefix="/api/v1", tags=["node"])
+
+MAX_CHANGES = 1000
+MAX_BODY = 64 * 1024
+
+Uid = Annotated[str, Path(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
+
+
+class Changes(Protocol):
+    """The change feed."""
+
+    def read(
+        self, actor: Actor | None, since: int, limit: int, *, epoch: str | None = None
+    ) -> ChangePage: ...
+
+
+class Settler(Protocol):
+    """Who completes a study at once."""
+
+    def settle(self, actor: Actor, study_uid: str) -> int: ...
+
+
+class Peers(Protocol):
+    """The remote AEs of this node."""
+
+    def list(self) -> list[KnownPeer]: ...
+    def put(self, peer: KnownPeer) -> None: ...
+    def remove(self, title: str) -> None: ...
+
+
+class Policy(Protocol):
+    """Who may do what."""
+
+    def require(self, actor: Actor, action: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What these routes call."""
+
+    changes: Changes
+    settling: Settler
+    peers: Peers
+    policy: Policy
+    facts: Mapping[str, Any]
+
+
+async def current_actor() -> Actor:
+    """Return who asks. The application replaces this dependency."""
+    raise NotImplementedError
+
+
+async def services() -> Services:
+    """Return the services. The application replaces this dependency."""
+    raise NotImplementedError
+
+
+Asking = Annotated[Actor, Depends(current_actor)]
+Using = Annotated[Services, Depends(services)]
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(
+        orjson.dumps(body),
+        status_code=status,
+        media_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )
+
+
+@router.get("/node")
+def read_node(_actor: Asking, using: Using) -> Response:
+    """Say what this node is and where it listens."""
+    return _json(dict(using.facts))
+
+
+@router.get("/changes")
+def read_changes(
+    actor: Asking,
+    using: Using,
+    since: Annotated[int, Query(ge=0, lt=2**62)] = 0,
+    limit: Annotated[int, Query(ge=1)] = 100,
+    epoch: Annotated[str | None, Query(max_length=64)] = None,
+) -> Response:
+    """Return the events after position `since`, in order (architecture: events)."""
+    using.policy.require(actor, Action.FIND)
+    page = using.changes.read(actor, since, min(limit, MAX_CHANGES), epoch=epoch)
+    return _json(
+        {
+            "epoch": page.epoch,
+            "events": [
+                {
+                    "position": event.position,
+                    "tenant": event.tenant,
+                    "kind": event.kind,
+                    "subject": event.subject,
+                    "payload": dict(event.payload),
+                    "created_us": event.created_us,
+                }
+                for event in page.events
+            ],
+            "next": page.next,
+            "more": page.more,
+            "pruned": page.pruned,
+        }
+    )
+
+
+@router.post("/studies/{study}/settle")
+def settle(actor: Asking, using: Using, study: Uid) -> Response:
+    """Complete a study at once (core: settling); answer its new version."""
+    using.policy.require(actor, Action.SETTLE)
+    return _json({"version": using.settling.settle(actor, study)})
+
+
+@router.get("/peers")
+def list_peers(actor: Asking, using: Using) -> Response:
+    """List the remote AEs."""
+    using.policy.require(actor, Action.ADMINISTER)
+    return _json([_described(peer) for peer in using.peers.list()])
+
+
+@router.put("/peers/{title}")
+async def put_peer(
+    request: Request,
+    actor: Asking,
+    using: Using,
+    title: Annotated[str, Path(max_length=16)],
+) -> Response:
+    """Add a remote AE or change it."""
+    using.policy.require(actor, Action.ADMINISTER)
+    peer = _peer(title, await _object(request))
+    using.peers.put(peer)
+    return _json(_described(peer))
+
+
+@router.delete("/peers/{title}")
+def remove_peer(
+    actor: Asking, using: Using, title: Annotated[str, Path(max_length=16)]
+) -> Response:
+    """Remove a remote AE that was added at run time."""
+    using.policy.require(actor, Action.ADMINISTER)
+    using.peers.remove(title)
+    return Response(status_code=204)
+
+
+def _described(peer: KnownPeer) -> dict[str, Any]:
+    return {
+        "title": peer.title,
+        "host": peer.host,
+        "port": peer.port,
+        "tenant": peer.tenant,
+        "may": sorted(peer.may),
+        "tls": peer.tls,
+        "forward": peer.forward,
+    }
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    """Read a small JSON object."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise TooLarge("request_bytes", MAX_BODY)
+    try:
+        found = orjson.loads(body)
+    except ValueError as error:
+        raise InvalidParameter("body", "is not JSON") from error
+    if not isinstance(found, dict):
+        raise InvalidParameter("body", "is not a JSON object")
+    return found
+
+
+_FIELDS: Mapping[str, type] = {
+    "host": str, "port": int, "tenant": str, "may": list, "tls": bool, "forward": bool,
+}  # fmt: skip
+
+
+def _peer(title: str, body: Mapping[str, Any]) -> KnownPeer:
+    """Return the peer a request describes; what is wrong is named."""
+    for name, value in body.items():
+        kind = _FIELDS.get(name)
+        if kind is None:
+            raise InvalidParameter(name, f"is none of {', '.join(_FIELDS)}")
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise InvalidParameter(name, f"is not a JSON {_JSON_NAMES[kind]}")
+    may = body.get("may", ["echo", "store"])
+    if not all(isinstance(action, str) for action in may):
+        raise InvalidParameter("may", "is not a list of strings")
+    return KnownPeer(
+        title=title,
+        host=body.get("host", ""),
+        port=body.get("port", 0),
+        tenant=body.get("tenant", ""),
+        may=frozenset(may),
+        tls=body.get("tls", False),
+        forward=body.get("forward", False),
+    )
+
+
+_JSON_NAMES = {str: "string", int: "number", list: "array", bool: "boolean"}

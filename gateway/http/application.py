@@ -1,0 +1,84 @@
+"""The web face of a node: every router, the errors, the middleware."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ExceptionHandler
+
+from gateway.http.middleware import LoopbackOnly, Timing
+from pacs.web.problems import problem_response
+from storage.kernel.errors import ImagingError, InvalidParameter
+
+log = logging.getLogger(__name__)
+
+
+def build(
+    *,
+    routers: Mapping[str, APIRouter],
+    dependencies: Mapping[Callable[..., Any], Callable[..., Any]],
+    version: str,
+    open_access: bool,
+    allowed_hosts: tuple[str, ...] = (),
+) -> FastAPI:
+    """Return the ASGI application.
+
+    Parameters
+    ----------
+    routers : mapping of prefix to router
+        In order; several routers of one prefix have keys with trailing spaces cut.
+    dependencies : mapping
+        Declared dependency to what replaces it.
+    open_access : bool
+        No logins: pages of other sites are kept away instead.
+    """
+    app = FastAPI(
+        title="Huying",
+        version=version,
+        openapi_url="/api/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    for prefix, router in routers.items():
+        app.include_router(router, prefix=prefix.rstrip())
+    app.dependency_overrides.update(dependencies)
+    handlers: Mapping[type[Exception], ExceptionHandler] = {
+        ImagingError: _ours,
+        RequestValidationError: _malformed,
+        HTTPException: _plain,
+        Exception: _unforeseen,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+    if open_access:
+        app.add_middleware(LoopbackOnly, allowed_hosts=allowed_hosts)
+    app.add_middleware(Timing)
+    return app
+
+
+def _ours(_request: Request, error: Exception) -> Response:
+    return problem_response(error)
+
+
+def _malformed(_request: Request, error: Exception) -> Response:
+    """Answer 400 where the framework says 422: the request itself is wrong."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"][1:]) or "request"
+    return problem_response(InvalidParameter(name, str(first["msg"])))
+
+
+def _plain(_request: Request, error: Exception) -> Response:
+    return problem_response(error)
+
+
+def _unforeseen(_request: Request, error: Exception) -> Response:
+    log.error("request failed", exc_info=error, extra={"event": "http.failed"})
+    return problem_response(error)
