@@ -58,6 +58,10 @@ _REJECTIONS: Mapping[tuple[int, int], str] = {
 }
 
 
+Wanted = tuple[str, Sequence[str]]
+"""An abstract syntax and the transfer syntaxes of one context to propose."""
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """A presentation context that the peer accepted."""
@@ -97,9 +101,7 @@ class SubOperations:
     identifier: bytes | None = field(default=None, repr=False)
 
 
-def propose(
-    wanted: Iterable[tuple[str, Sequence[str]]],
-) -> tuple[ProposedContext, ...]:
+def propose(wanted: Iterable[Wanted]) -> tuple[ProposedContext, ...]:
     """Number (abstract syntax, transfer syntaxes) pairs; at most 128 of them."""
     numbered = tuple(
         ProposedContext(2 * number + 1, abstract, tuple(transfer))
@@ -578,6 +580,7 @@ __all__ = [
     "Reply",
     "SubOperations",
     "Timeouts",
+    "Wanted",
     "client_tls",
     "connect",
     "propose",

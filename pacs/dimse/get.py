@@ -45,24 +45,24 @@ class GetHandler:
         try:
             self.policy.require(association.actor, Action.GET)
             wanted = selection(association, message, self.limits)
-            pending = deque(select(self.retrieve, association, wanted))
+            found = select(self.retrieve, association, wanted)
         except ImagingError as error:
             refuse(association, message, error)
             return
-        progress = Progress(association, message, len(pending))
+        progress = Progress(association, message, len(found))
         channel = _Channel(association, message, progress, self.response_seconds)
         try:
             send_all(
                 self.retrieve,
                 channel,
-                pending,
+                deque(found),
                 done=progress.done,
                 proceed=progress.proceed,
             )
         except SourceFailed as error:
             # Half an instance is on the wire: only an abort says so.
             raise ProtocolError(str(error), AbortReason.NOT_SPECIFIED) from error
-        progress.finish(list(pending))
+        progress.finish(found)
 
 
 class _Channel:

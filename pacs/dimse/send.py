@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Protocol
 
 from pacs.dimse import command as cmd
-from pacs.dimse.client import Offer, RemoteAssociation
+from pacs.dimse.client import Offer, RemoteAssociation, Wanted
 from pacs.dimse.command import Value
 from pacs.dimse.pdu import MAX_CONTEXTS
 from pacs.dimse.status import Status
@@ -154,7 +154,7 @@ def is_warning(status: int) -> bool:
 
 def plan(
     instances: Sequence[StoredInstance],
-) -> Iterator[tuple[list[StoredInstance], list[tuple[str, tuple[str, ...]]]]]:
+) -> Iterator[tuple[list[StoredInstance], list[Wanted]]]:
     """Yield the instances of each association, and the contexts to propose for them.
 
     For each SOP class one context per stored transfer syntax, then the fallbacks, so
@@ -166,7 +166,7 @@ def plan(
         syntaxes.setdefault(instance.sop_class_uid, {})[
             instance.transfer_syntax_uid
         ] = None
-    groups: list[dict[str, list[tuple[str, tuple[str, ...]]]]] = [{}]
+    groups: list[dict[str, list[Wanted]]] = [{}]
     used = 0
     for class_uid, stored in syntaxes.items():
         # Bound: a class stored in more syntaxes than fit keeps its fallbacks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 
 from pacs.dimse import command as cmd
 from pacs.dimse import identifier
@@ -37,6 +38,7 @@ class Progress:
         self._message_id = cmd.number(message.command, cmd.MESSAGE_ID)
         self._next_pending = 0.0
         self._cancelled = False
+        self._done: set[int] = set()
 
     def cancel(self) -> None:
         """Note a C-CANCEL that was read elsewhere."""
@@ -52,6 +54,7 @@ class Progress:
     def done(self, instance: StoredInstance, status: int | None, reason: str) -> None:
         """Count one sub-operation; tell the requestor, though not too often."""
         self.tally.count(instance, status, reason)
+        self._done.add(instance.pk)
         now = time.monotonic()
         if now >= self._next_pending and self.tally.remaining:
             self._next_pending = now + PENDING_SECONDS
@@ -59,11 +62,23 @@ class Progress:
             response.update(self.tally.counts(remaining=True))
             self._association.send(self._message.context_id, response)
 
-    def finish(self, left: list[StoredInstance]) -> None:
-        """Send the final response; `left` was not tried."""
+    def finish(
+        self,
+        instances: Iterable[StoredInstance],
+        reason: str = "the archive is shutting down",
+    ) -> None:
+        """Send the final response.
+
+        Parameters
+        ----------
+        instances : iterable of StoredInstance
+            All; those that were not done failed for `reason`, unless the requestor
+            has cancelled.
+        """
         tally = self.tally
         if not self._cancelled:
-            tally.fail_all(left, "the archive is shutting down")
+            left = [one for one in instances if one.pk not in self._done]
+            tally.fail_all(left, reason)
         status = tally.final_status(cancelled=self._cancelled)
         response = cmd.response(
             self._message.command, status, has_dataset=bool(tally.failed_uids)

@@ -16,6 +16,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -238,6 +239,14 @@ class Deletion(Base):
         Index("ix_deletion_uid", "tenant", "sop_instance_uid"),
         Index("ix_deletion_study", "tenant", "study_instance_uid", "reported_version"),
         Index("ix_deletion_pack", "pack_key", "erased_us"),
+        # Bound: deletions stay as proof for ever; those to do are few.
+        Index(
+            "ix_deletion_due",
+            "tenant",
+            "deadline_us",
+            sqlite_where=text("erased_us IS NULL"),
+            postgresql_where=text("erased_us IS NULL"),
+        ),
     )
 
 
@@ -275,3 +284,25 @@ class CommitmentRequest(Base):
     delivered_us: Mapped[int | None] = mapped_column(BigInteger)
 
     __table_args__ = (UniqueConstraint("peer_ae", "transaction_uid"),)
+
+
+class Forwarding(Base):
+    """How far one study has been sent on to one peer.
+
+    Instances settled up to `version` are dealt with; `sent` lists (JSON) the row
+    keys of later ones that are too, while a job is at work on them.
+    """
+
+    __tablename__ = "forwarding"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    peer: Mapped[str] = mapped_column(String(16))
+    study_pk: Mapped[int] = mapped_column(ForeignKey("study.id", ondelete="CASCADE"))
+    version: Mapped[int] = mapped_column(Integer, default=0)
+    sent: Mapped[str] = mapped_column(Text, default="[]")
+    updated_us: Mapped[int] = mapped_column(BigInteger)
+
+    __table_args__ = (
+        UniqueConstraint("peer", "study_pk"),
+        Index("ix_forwarding_study", "study_pk"),
+    )
