@@ -35,9 +35,7 @@ from pacs.services.policy import KnownPeer
 
 def deliver(
     source: Source,
-    open_association: Callable[
-        [Sequence[tuple[str, tuple[str, ...]]]], RemoteAssociation
-    ],
+    open_association: Callable[[Sequence[Wanted]], RemoteAssociation],
     instances: Sequence[StoredInstance],
     *,
     done: Callable[[StoredInstance, int | None, str], None],
