@@ -57,10 +57,12 @@ def configure(settings: Log) -> None:
 def _process(
     _logger: Any, _name: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    """Add the name of the process."""
+    """Add the process, and the sentence when the line's own event has a name."""
     record = event.get("_record")
     if record is not None:
         event["pid"] = record.process
+        if event.get("event") != record.getMessage():
+            event["message"] = record.getMessage()
     return event
 
 

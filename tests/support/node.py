@@ -20,6 +20,7 @@ METRICS_TOKEN = "metrics-for-tests"  # noqa: S105  # of a node on loopback
 START_SECONDS = 120.0
 #: What tests want unless they say otherwise.
 DEFAULTS: Mapping[str, Any] = {
+    "open": True,
     "pacs__settle_seconds": 1,
     "packs__min_free_bytes": 0,
     "http__metrics_token": METRICS_TOKEN,
@@ -87,7 +88,7 @@ class RunningNode:
         self.log.touch()
         self._started_at = self.log.stat().st_size
         command = [
-            str(Path(sys.executable).with_name("huying")), "serve", "--open",
+            str(Path(sys.executable).with_name("huying")), "serve",
             "--data", str(self.data), "--aet", self.aet,
             "--http", f"127.0.0.1:{self.http_port}",
             "--dimse", f"127.0.0.1:{self.dimse_port}",
