@@ -31,9 +31,9 @@ export const TEXTS = {
     figures: "Archive and arrivals", studies: "Studies", series: "Series", images: "Images", size: "Size",
     minute: "Last minute", hour: "Last hour", day: "Last 24 hours",
     spark: "Images received in each of the last 60 minutes, at most {n}",
-    search: "Find studies", text: "Name, pinyin, patient ID or accession", period: "Study date",
+    search: "Find studies", text: "Name, pinyin, ID, accession", period: "Study date",
     all: "All dates", today: "Today", week: "7 days", month: "30 days",
-    modality: "Modality", fields: "More fields", clear: "Clear",
+    modality: "Modality", fields: "More fields", clear: "Clear search",
     name: "Name", patientId: "Patient ID", accession: "Accession number", from: "From", to: "To",
     fresh: "New images have arrived: refresh", keySearch: "find", keyMove: "move", keyOpen: "open",
     patient: "Patient", ids: "Patient ID / accession", description: "Description", date: "Study date",
@@ -56,6 +56,8 @@ const MODALITIES = ["CT", "MR", "DX", "CR", "US", "MG", "XA", "NM", "PT", "ES"];
 const PAGE_SIZE = 50;
 // Pages that load by themselves; from then on the button asks.
 const AUTOMATIC_PAGES = 10;
+// How near the end the next page is asked for.
+const NEAR_PX = 300;
 const TYPING_MS = 180;
 const POLL_MS = 5000;
 const REQUEST_MS = 30000;
@@ -352,7 +354,7 @@ function paint(added = null) {
   else if (!list.studies.length) paintEmpty();
   else $("status").textContent = t(list.cursor ? "shownMore" : "shown", count);
   $("more").hidden = !list.cursor || Boolean(list.error);
-  if (!list.error && list.cursor && atEnd && list.pages < AUTOMATIC_PAGES) load({ append: true });
+  continueAtEnd();
 }
 
 function paintError() {
@@ -641,12 +643,13 @@ $("language").addEventListener("click", () => {
   if (open >= 0) toggle($("rows").children[open], list.studies[open]);
 });
 
-let atEnd = false;
-new IntersectionObserver(([entry]) => {
-  atEnd = entry.isIntersecting;
-  const idle = !list.loading && !list.error;
-  if (atEnd && idle && list.cursor && list.pages < AUTOMATIC_PAGES) load({ append: true });
-}, { rootMargin: "300px" }).observe(document.querySelector(".foot"));
+// Load the next page when the end of this one is near.
+function continueAtEnd() {
+  if (list.loading || list.error || !list.cursor || list.pages >= AUTOMATIC_PAGES) return;
+  if ($("foot").getBoundingClientRect().top < innerHeight + NEAR_PX) load({ append: true });
+}
+
+new IntersectionObserver(continueAtEnd, { rootMargin: `${NEAR_PX}px` }).observe($("foot"));
 
 // -- the keyboard
 
