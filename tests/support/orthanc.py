@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,12 +16,25 @@ PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 
 
 class Orthanc:
-    """A server on loopback with its own folder; DICOM, REST and DICOMweb."""
+    """A server on loopback with its own folder; DICOM, REST and DICOMweb.
+
+    Parameters
+    ----------
+    nodelay : bool
+        Without it DCMTK answers in two small packets, and waits for the peer's
+        delayed acknowledgement in between.
+    **configuration
+        Entries of Orthanc's configuration file.
+    """
 
     aet = "ORTHANC"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *, nodelay: bool = False, **configuration: Any
+    ) -> None:
         self.folder = folder
+        self._configured = configuration
+        self._environment = os.environ | ({"TCP_NODELAY": "1"} if nodelay else {})
         self.http_port = free_port()
         self.dimse_port = free_port()
         self.http = f"http://127.0.0.1:{self.http_port}"
@@ -39,7 +53,11 @@ class Orthanc:
         log = self.folder / "log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [program, str(config)], stdout=output, stderr=output, cwd=self.folder
+                [program, str(config)],
+                stdout=output,
+                stderr=output,
+                cwd=self.folder,
+                env=self._environment,
             )
         process.wait_ready(
             self._process,
@@ -70,7 +88,15 @@ class Orthanc:
             "LimitFindResults": 0,
             "LimitFindInstances": 0,
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+            **self._configured,
         }
+
+    @property
+    def pid(self) -> int:
+        """Return the process id."""
+        if self._process is None:
+            raise RuntimeError("Orthanc is not running")
+        return self._process.pid
 
     def add_modality(self, name: str, aet: str, port: int) -> None:
         """Tell Orthanc where a remote AE is."""
