@@ -10,6 +10,10 @@ from typing import Protocol
 from storage.kernel.types import Actor, Digest, Source
 
 
+#: Bit of `instance.flags`: Huying made the object (core: settling).
+FLAG_OWN = 8
+
+
 class Level(StrEnum):
     """Query/Retrieve Level (0008,0052)."""
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from pacs.domain.fragments import series_fragment, study_fragment
-from pacs.domain.study import Warned
+from pacs.domain.study import FLAG_OWN, Warned
 from pacs.imaging import sopclasses, syntaxes
 from pacs.imaging.charset import (
     Charset,
@@ -43,7 +43,7 @@ STUDY_UID = 0x0020000D
 SERIES_UID = 0x0020000E
 PATIENT_ID = 0x00100020
 
-#: Bits of `instance.flags` and `study.flags`.
+#: Bits of `instance.flags` and `study.flags`; `FLAG_OWN` is another.
 FLAG_NO_PATIENT_ID = 1
 FLAG_LENIENT_UID = 2
 FLAG_WARNED = 4
@@ -147,7 +147,7 @@ def describe(
         header_end=deflated_end or found.header_end,
         pixel_offset=None if pixel is None or deflated_end else pixel.value_offset,
         object_length=dataset.nbytes,
-        flags=flags,
+        flags=flags if header.origin == "external" else flags | FLAG_OWN,
         origin=header.origin,
         received_us=header.received_us,
         parents=partial(_parents, key, dict(values), charset, header, flags, found),

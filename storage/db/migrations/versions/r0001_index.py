@@ -57,6 +57,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_deletion")),
     )
     op.create_index(
+        "ix_deletion_due",
+        "deletion",
+        ["tenant", "deadline_us"],
+        unique=False,
+        sqlite_where=sa.text("erased_us IS NULL"),
+        postgresql_where=sa.text("erased_us IS NULL"),
+    )
+    op.create_index(
         "ix_deletion_pack", "deletion", ["pack_key", "erased_us"], unique=False
     )
     op.create_index(
