@@ -12,8 +12,10 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from crc32c import crc32c
 
@@ -85,7 +87,7 @@ class PackBuilder:
         self._write(encode_file_header(key), 0)
         self._open = True
 
-    def __enter__(self) -> PackBuilder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,8 +101,13 @@ class PackBuilder:
         """Where the bytes lie until they are named."""
         return self._partial
 
-    def copy(self, wanted: Wanted, read: Read) -> Location:
+    def copy(self, wanted: Wanted, read: Read, *, checked: bool = True) -> Location:
         """Append one record; return where it lies now.
+
+        Parameters
+        ----------
+        checked : bool
+            False copies what there is.
 
         Raises
         ------
@@ -118,7 +125,7 @@ class PackBuilder:
             check.add(data)
             self._write(data, position)
             position += len(data)
-        if not check.passed():
+        if checked and not check.passed():
             self._hash = kept
             with _translated():
                 os.ftruncate(self._fd, self.size)
@@ -151,15 +158,9 @@ class PackBuilder:
         objects.put_file(name, self._partial, self.digest().hex())
         found = hashlib.sha256()
         for offset in range(0, self.size, CHUNK):
-            found.update(
-                objects.read(name, offset, min(CHUNK, self.size - offset))
-            )
+            found.update(objects.read(name, offset, min(CHUNK, self.size - offset)))
         info = objects.stat(name)
-        if (
-            info is None
-            or info.size != self.size
-            or found.digest() != self.digest()
-        ):
+        if info is None or info.size != self.size or found.digest() != self.digest():
             objects.delete(name)
             raise CorruptData("the object store does not hold what was written")
 
@@ -210,9 +211,7 @@ class _Check:
 
     def passed(self) -> bool:
         prefix = decode_prefix(self._start)
-        header = decode_header(
-            self._start[:PREFIX_LENGTH], self._start[PREFIX_LENGTH:]
-        )
+        header = decode_header(self._start[:PREFIX_LENGTH], self._start[PREFIX_LENGTH:])
         trailer = decode_trailer(self._tail)
         length = self._wanted.location.object_length
         return (
@@ -237,14 +236,12 @@ def _pieces(read: Read, key: str, offset: int, length: int) -> Iterator[bytes]:
         length -= len(data)
 
 
-class _translated:
+@contextmanager
+def _translated() -> Iterator[None]:
     """Turn a disk that is full or fails into our own errors."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError):
-            if error.errno in _NO_SPACE:
-                raise StorageFull("no space left for packs") from error
-            raise DependencyDown(f"pack storage: {error.strerror}") from error
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise StorageFull("no space left for packs") from error
+        raise DependencyDown(f"pack storage: {error.strerror}") from error
