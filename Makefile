@@ -24,7 +24,7 @@ PYTEST ?=
 # One group of the benchmark: make bench BENCH=cstore
 BENCH ?=
 
-.PHONY: help setup system run test check bench lock clean
+.PHONY: help setup system run test check bench docs lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -63,6 +63,9 @@ check: setup ## format, lint, types, architecture and the quick tests
 
 bench: setup system ## compare with Orthanc and DCMTK on the same data
 	$(BIN)/python -m tests.bench $(BENCH)
+
+docs: setup ## write the pages of docs/reference from the program
+	$(BIN)/python -m tests.support.reference
 
 # The locks hold versions and hashes for all platforms, and no addresses.
 UV := build/lock/bin/uv
