@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import mmap
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -142,6 +143,8 @@ class IngestService:
         self._observer = observer
         self._index = IndexWriter(node_id=node_id, is_sqlite=database.is_sqlite)
         self._group: GroupCommit[_Work] = GroupCommit(self._commit)
+        #: The index writer serves one thread at a time: the leader, or `reindex`.
+        self._turn = threading.RLock()
         #: Records that lie in a pack while it is unknown whether their rows do.
         self._doubtful: list[Location] = []
         #: Tombstones that could not be written yet.
@@ -282,11 +285,16 @@ class IngestService:
         if not batch:
             return
         markers = {id(row): info.header.digest for info, row in batch}
-        with self._database.read() as connection:
-            living = [r for _, r in batch if not self._index.is_deleted(connection, r)]
-        self._pre_check(living, markers)
-        # Only what changes the index is written: no event tells of the rest.
-        self._write_rows([row for row in living if row.written is None], markers)
+        with self._turn:
+            with self._database.read() as connection:
+                living = [
+                    row
+                    for _, row in batch
+                    if not self._index.is_deleted(connection, row)
+                ]
+            self._pre_check(living, markers)
+            # Only what changes the index is written: no event tells of the rest.
+            self._write_rows([row for row in living if row.written is None], markers)
         for info, row in batch:
             written, error = row.written, row.error
             if written is Written.DUPLICATE and row.kept_digest != row.digest:
@@ -405,7 +413,10 @@ class IngestService:
 
     def _commit(self, group: Sequence[Ticket[_Work]]) -> None:
         """Append, sync and index one group; runs in the leader's thread."""
-        works = [ticket.item for ticket in group]
+        with self._turn:
+            self._commit_works([ticket.item for ticket in group])
+
+    def _commit_works(self, works: Sequence[_Work]) -> None:
         self._resolve_doubts()
         small = [work.row for work in works if work.parts]
         twins = self._pre_check(small)
