@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -221,6 +221,19 @@ class PackWriter:
             return LargeRecord(self._folder, header, self._guard)
         except OSError as error:
             raise _translated(error) from error
+
+    def open_keys(self) -> list[str]:
+        """Return the packs that grow now."""
+        with self._lock:
+            return [pack.key for pack in self._open.values()]
+
+    def roll(self, keys: Collection[str]) -> int:
+        """Close those of `keys` that are open here; return how many were."""
+        with self._lock:
+            tenants = [t for t, pack in self._open.items() if pack.key in keys]
+            for tenant in tenants:
+                self._close(tenant)
+            return len(tenants)
 
     def close(self) -> None:
         """Sync and close all packs; a later append opens new ones."""
