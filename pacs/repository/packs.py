@@ -355,15 +355,13 @@ def to_unlink(
     return [PackRow(*row) for row in connection.execute(query)]
 
 
-def abandoned(
-    connection: Connection, node_id: str, before_us: int, limit: int
-) -> list[PackRow]:
-    """Return packs without instances that have been in the making for long."""
+def abandoned(connection: Connection, before_us: int, limit: int) -> list[PackRow]:
+    """Return packs of the object store whose making was never finished."""
     query = (
         _PACK.where(
             Pack.state == "open",
+            Pack.place == "object",
             Pack.created_us < before_us,
-            or_(Pack.place == "object", Pack.node_id == node_id),
             ~_HAS_INSTANCES,
         )
         .order_by(Pack.id)

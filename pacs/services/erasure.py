@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sqlalchemy import Connection
+
 from pacs.repository import packs as rows
 from pacs.repository.packs import Live, PackRow
 from pacs.services.retirement import UNKNOWN_US, Retirement
@@ -161,26 +163,14 @@ class Erasure:
                 return False
         if not live and not unknown:
             return self._retirement.retire(pack)
-        key = new_key()
-        with self._database.write() as connection:
-            rows.register_pack(
-                connection,
-                key=key,
-                tenant=pack.tenant,
-                kind=pack.kind,
-                node_id=self._node_id,
-                place=pack.place,
-                now_us=self._clock.now_us(),
-            )
         try:
-            self._copy_and_swap(pack, key, live, unknown)
+            self._copy_and_swap(pack, live, unknown)
         except Unavailable as error:
             log.warning(
                 "pack not rewritten: %s",
                 error,
                 extra={"event": "pack.kept", "pack": pack.key, "code": error.code},
             )
-            self._undo(key, pack.place)
             return False
         log.info(
             "pack rewritten",
@@ -196,26 +186,66 @@ class Erasure:
         return True
 
     def _copy_and_swap(
-        self, pack: PackRow, key: str, live: list[Live], unknown: list[RecordInfo]
+        self, pack: PackRow, live: list[Live], unknown: list[RecordInfo]
     ) -> None:
+        key = new_key()
+        if pack.place == "object":
+            # Known before it is made, as in sealing. A local pack is not: recovery
+            # looks after those that were left behind.
+            self._register(key, pack)
         with PackBuilder(
             self._folder, key, min_free_bytes=self._min_free_bytes
         ) as builder:
-            moved = [(one, self._copy(builder, one.wanted())) for one in live]
-            for info in unknown:
-                self._copy(
-                    builder,
-                    Wanted(info.location, info.header.dataset_offset, info.digest),
-                )
-            if pack.place == "object":
-                builder.put(self._objects)
-            else:
-                builder.keep()
-            with self._database.write() as connection:
-                if not rows.swap(
-                    connection, key, moved, size=builder.size, sha256=builder.digest()
-                ):
-                    raise LostRace("a record changed while its pack was rewritten")
+            try:
+                moved = [(one, self._copy(builder, one.wanted())) for one in live]
+                for info in unknown:
+                    self._copy(
+                        builder,
+                        Wanted(info.location, info.header.dataset_offset, info.digest),
+                    )
+                if pack.place == "object":
+                    builder.put(self._objects)
+                else:
+                    builder.keep()
+            except Unavailable:
+                self._undo(key, pack.place)
+                raise
+            try:
+                self._swap(builder, pack, moved)
+            except LostRace:
+                # After any other failure nobody knows whether the swap is in force.
+                self._undo(key, pack.place)
+                raise
+
+    def _swap(
+        self, builder: PackBuilder, pack: PackRow, moved: list[tuple[Live, Location]]
+    ) -> None:
+        with self._database.write() as connection:
+            if pack.place == "local":
+                self._register_in(connection, builder.key, pack)
+            if not rows.swap(
+                connection,
+                builder.key,
+                moved,
+                size=builder.size,
+                sha256=builder.digest(),
+            ):
+                raise LostRace("a record changed while its pack was rewritten")
+
+    def _register(self, key: str, pack: PackRow) -> None:
+        with self._database.write() as connection:
+            self._register_in(connection, key, pack)
+
+    def _register_in(self, connection: Connection, key: str, pack: PackRow) -> None:
+        rows.register_pack(
+            connection,
+            key=key,
+            tenant=pack.tenant,
+            kind=pack.kind,
+            node_id=self._node_id,
+            place=pack.place,
+            now_us=self._clock.now_us(),
+        )
 
     def _copy(self, builder: PackBuilder, wanted: Wanted) -> Location:
         try:

@@ -221,14 +221,8 @@ class Retirement:
         """Remove what a job that was killed had begun to make."""
         before_us = self._clock.now_us() - ABANDONED_US
         with self._database.read() as connection:
-            left = rows.abandoned(connection, self._node_id, before_us, UNLINKED)
-        # A local pack that has its name is recovery's: it may hold anything.
-        unnamed = [
-            pack
-            for pack in left
-            if pack.place == "object" or not self.path(pack).exists()
-        ]
-        return sum(map(self._unlink, unnamed))
+            left = rows.abandoned(connection, before_us, UNLINKED)
+        return sum(map(self._unlink, left))
 
     def _unlink(self, pack: PackRow) -> bool:
         """Remove a pack's bytes, then its row: a crash between repeats the first."""

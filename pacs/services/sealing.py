@@ -28,7 +28,7 @@ from storage.kernel.errors import CorruptData, LostRace, Unavailable
 from storage.objects.protocol import ObjectStore
 from storage.outbox import Event
 from storage.packs.format import Location
-from storage.packs.reader import PackGone, PackReader
+from storage.packs.reader import PackGone, PackReader, object_key
 from storage.packs.seal import PackBuilder, new_key, whole_length
 
 log = logging.getLogger(__name__)
@@ -163,6 +163,8 @@ class Sealing:
     def _seal_part(self, tenant: str, part: Sequence[Live]) -> tuple[int, int]:
         """Seal some records into one pack; return how many, and its size."""
         key = new_key()
+        # A store that is down is found out before anything is copied or begun.
+        self._objects.stat(object_key(key))
         with self._database.write() as connection:
             rows.register_pack(
                 connection,
@@ -173,18 +175,19 @@ class Sealing:
                 place="object",
                 now_us=self._clock.now_us(),
             )
-        try:
-            with PackBuilder(
-                self._folder, key, min_free_bytes=self._min_free_bytes
-            ) as builder:
+        with PackBuilder(
+            self._folder, key, min_free_bytes=self._min_free_bytes
+        ) as builder:
+            try:
                 moved = list(self._copy(builder, part))
                 if moved:
                     builder.put(self._objects)
-                    self._swap(builder, moved)
-                    return len(moved), builder.size
-        except Unavailable:
-            self._undo(key)
-            raise
+            except Unavailable:
+                self._undo(key)
+                raise
+            if moved:
+                self._swap(builder, moved)
+                return len(moved), builder.size
         self._undo(key)
         return 0, 0
 
@@ -210,23 +213,24 @@ class Sealing:
     def _swap(
         self, builder: PackBuilder, moved: Sequence[tuple[Live, Location]]
     ) -> None:
-        with self._database.write() as connection:
-            if not rows.swap(
-                connection,
-                builder.key,
-                moved,
-                size=builder.size,
-                sha256=builder.digest(),
-            ):
-                raise LostRace("a record changed while it was being sealed")
+        try:
+            with self._database.write() as connection:
+                if not rows.swap(
+                    connection,
+                    builder.key,
+                    moved,
+                    size=builder.size,
+                    sha256=builder.digest(),
+                ):
+                    raise LostRace("a record changed while it was being sealed")
+        except LostRace:
+            # After any other failure nobody knows whether the swap is in force.
+            self._undo(builder.key)
+            raise
 
     def _undo(self, key: str) -> None:
         """Remove a pack that was not needed; what fails here is removed in a day."""
         try:
-            with self._database.read() as connection:
-                pack = rows.find_pack(connection, key)
-            if pack is None or pack.state != "open":
-                return
             self._retirement.remove_bytes(key, "object")
             with self._database.write() as connection:
                 rows.forget_pack(connection, key)
