@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    select,
+)
 
 from pacs.domain.study import StoredInstance
 from pacs.repository.tables import FrameTableRow, Instance, Series, Study
@@ -41,7 +50,7 @@ _COLUMNS = (
     Instance.received_us,
 )
 
-_JOINED: Select[tuple[object, ...]] = (
+_JOINED: Select[*tuple[Any, ...]] = (
     select(*_COLUMNS)
     .select_from(Instance)
     .join(Series, Series.id == Instance.series_pk)
@@ -59,8 +68,8 @@ _ORDER = (
 )
 
 
-def _stored(row: Row[tuple[object, ...]]) -> StoredInstance:
-    return StoredInstance(*row)  # type: ignore[arg-type]
+def _stored(row: Row[*tuple[Any, ...]]) -> StoredInstance:
+    return StoredInstance(*row)
 
 
 def _visible(actor: Actor) -> ColumnElement[bool]:
@@ -138,6 +147,22 @@ def again(connection: Connection, instance: StoredInstance) -> StoredInstance | 
         )
     ).first()
     return None if row is None else _stored(row)
+
+
+def is_present(connection: Connection, instance: StoredInstance) -> bool:
+    """Tell whether the instance is still what its row says.
+
+    The UID is compared too: the key of a deleted row may be given out again.
+    """
+    row = connection.execute(
+        _PRESENT, {"pk": instance.pk, "uid": instance.sop_instance_uid}
+    ).first()
+    return row is not None and row[0] == instance.digest
+
+
+_PRESENT = select(Instance.digest).where(
+    Instance.id == bindparam("pk"), Instance.sop_instance_uid == bindparam("uid")
+)
 
 
 def frame_table(connection: Connection, instance: StoredInstance) -> bytes | None:

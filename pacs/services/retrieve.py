@@ -7,13 +7,12 @@ meanwhile) looks the location up once more.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import struct
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-from sqlalchemy import select
+from functools import partial
 
 from pacs.domain.study import ByteStream, Level, StoredInstance
 from pacs.imaging import syntaxes
@@ -24,7 +23,7 @@ from pacs.imaging.frames import FrameTable, frame_ranges
 from pacs.imaging.part10 import file_meta
 from pacs.imaging.transcode import can_convert, native_frame, to_syntax
 from pacs.repository import locate
-from pacs.repository.tables import Series, SeriesMetadata
+from pacs.services.metadata import MetadataBody, SeriesBundles
 from storage.db.engine import Database
 from storage.kernel.errors import (
     Gone,
@@ -40,9 +39,10 @@ EXPLICIT_LE = "1.2.840.10008.1.2.1"
 IMPLICIT_LE = "1.2.840.10008.1.2"
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
 
+OCTETS = "application/octet-stream"
 CHUNK = 1 * MIB
-#: Larger metadata bundles are built for each request instead of being kept.
-MAX_KEPT_METADATA = 32 * MIB
+#: Locations one process remembers.
+MAX_REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,37 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
-class MetadataBody:
-    """The metadata of a series: a gzip-compressed JSON array and its entity tag."""
+class ByteSource:
+    """Bytes of a known length that can be read from anywhere.
 
-    etag: str
-    gzip_body: bytes
+    `transfer_syntax_uid` says what they are in; `transcoded` whether they are not
+    the bytes that were received.
+    """
+
+    length: int
+    read: Callable[[int, int], bytes]
+    transfer_syntax_uid: str
+    transcoded: bool = False
+
+    @classmethod
+    def of(
+        cls, data: bytes | memoryview, transfer_syntax_uid: str, *, transcoded: bool
+    ) -> ByteSource:
+        """Return a source of bytes that are in memory."""
+        view = memoryview(data)
+
+        def read(offset: int, length: int) -> bytes:
+            return bytes(view[offset : offset + length])
+
+        return cls(len(view), read, transfer_syntax_uid, transcoded)
+
+    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """Yield the bytes from `start` to `stop`, at most 1 MiB at a time."""
+        end = self.length if stop is None else min(stop, self.length)
+        while start < end:
+            chunk = self.read(start, min(CHUNK, end - start))
+            yield chunk
+            start += len(chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +93,7 @@ class BulkData:
 
     vr: str
     mime_type: str
-    data: ByteStream
+    source: ByteSource
 
 
 class RetrieveService:
@@ -94,6 +120,16 @@ class RetrieveService:
         self._reader = reader
         self._decoders = decoders
         self._limits = limits
+        self._bundles = SeriesBundles(database, self.metadata)
+        self._remembered: OrderedDict[
+            tuple[tuple[str, ...], str, str, str], StoredInstance
+        ] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def limits(self) -> Limits:
+        """What one request may cost."""
+        return self._limits
 
     def instances(
         self,
@@ -120,6 +156,38 @@ class RetrieveService:
         if not found:
             raise NotFound("no such study, series or instance")
         return found
+
+    def instance(
+        self, actor: Actor, study_uid: str, series_uid: str, instance_uid: str
+    ) -> StoredInstance:
+        """Return one instance; the place of one asked for lately is remembered.
+
+        Raises
+        ------
+        NotFound
+        """
+        key = (actor.tenants, study_uid, series_uid, instance_uid)
+        with self._lock:
+            known = self._remembered.get(key)
+            if known is not None:
+                self._remembered.move_to_end(key)
+        if known is not None:
+            # A short look by key instead of the joins: it may have been deleted.
+            with self._database.read() as connection:
+                if locate.is_present(connection, known):
+                    return known
+        try:
+            found = self.instances(actor, study_uid, series_uid, instance_uid)
+        except NotFound:
+            with self._lock:
+                self._remembered.pop(key, None)
+            raise
+        best = min(found, key=lambda stored: stored.tenant != actor.tenant)
+        with self._lock:
+            self._remembered[key] = best
+            if len(self._remembered) > MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+        return best
 
     def find_instance(self, actor: Actor, sop_instance_uid: str) -> StoredInstance:
         """Return one instance by its UID alone; the actor's own tenant first."""
@@ -207,6 +275,21 @@ class RetrieveService:
             len(head) + len(body), _chunked((head, body)), target, transcoded=True
         )
 
+    def open_object(
+        self, instance: StoredInstance, transfer_syntax_uid: str | None = None
+    ) -> ByteSource:
+        """Return the Part-10 object for reading anywhere; as `part10` otherwise."""
+        stored = instance.transfer_syntax_uid
+        if transfer_syntax_uid not in {None, stored}:
+            stream = self.part10(instance, transfer_syntax_uid)
+            data = b"".join(stream.chunks)
+            return ByteSource.of(data, stream.transfer_syntax_uid, transcoded=True)
+
+        def read(offset: int, length: int) -> bytes:
+            return self.read_object(instance, offset, length)
+
+        return ByteSource(instance.object_length, read, stored)
+
     def dataset(self, instance: StoredInstance, transfer_syntax_uid: str) -> ByteStream:
         """Return the data set without File Meta, as DIMSE sends it."""
         start = instance.dataset_offset
@@ -251,14 +334,34 @@ class RetrieveService:
         number: int,
         transfer_syntax_uid: str | None = None,
     ) -> Frame:
-        """Return one frame, as stored or decoded to little endian.
+        """Return one frame; see `open_frame`."""
+        source = self.open_frame(instance, number, transfer_syntax_uid)
+        return Frame(source.read(0, source.length), source.transfer_syntax_uid)
+
+    def open_frame(
+        self,
+        instance: StoredInstance,
+        number: int,
+        transfer_syntax_uid: str | None = None,
+    ) -> ByteSource:
+        """Return one frame; see `open_frames`."""
+        return self.open_frames(instance, (number,), transfer_syntax_uid)[0]
+
+    def open_frames(
+        self,
+        instance: StoredInstance,
+        numbers: Sequence[int],
+        transfer_syntax_uid: str | None = None,
+    ) -> list[ByteSource]:
+        """Return frames, as stored or decoded to little endian when they are read.
 
         Parameters
         ----------
-        number : int
-            From 1.
+        numbers : sequence of int
+            From 1, in any order.
         transfer_syntax_uid : str, optional
-            None for as stored.
+            None for as stored; but what is not Explicit VR Little Endian only in its
+            data set or its byte order comes in that (PS3.18 8.7.3.5.2).
 
         Raises
         ------
@@ -266,27 +369,33 @@ class RetrieveService:
             No such frame, or its bytes are not all there.
         UnsupportedTransferSyntax
         """
-        source = self._frames(instance)
-        data = b"".join(
-            source.read(offset, length)
-            for offset, length in source.table.ranges(number)
-        )
+        frames = self._frames(instance)
         stored = instance.transfer_syntax_uid
         syntax = syntaxes.get(stored)
-        if transfer_syntax_uid in {None, stored} and not syntax.deflated:
-            if stored == IMPLICIT_LE:
-                return Frame(data, EXPLICIT_LE)
-            if stored != BIG_ENDIAN:
-                return Frame(data, stored)
-        if transfer_syntax_uid not in {None, EXPLICIT_LE, IMPLICIT_LE}:
-            raise UnsupportedTransferSyntax(
-                f"cannot convert {stored} to {transfer_syntax_uid}"
-            )
-        found = source.scan or self._header_scan(instance)
-        return Frame(
-            native_frame(data, stored, DecodeSpec.from_scan(found), self._decoders),
-            EXPLICIT_LE,
-        )
+        target = transfer_syntax_uid
+        if target == stored or target is None:
+            target = stored if syntax.encapsulated else EXPLICIT_LE
+        if target not in {stored, EXPLICIT_LE, IMPLICIT_LE} or (
+            target != stored and not syntax.decodes
+        ):
+            raise UnsupportedTransferSyntax(f"cannot convert {stored} to {target}")
+        ranges = [frames.table.ranges(number) for number in numbers]
+        if target == stored or (syntax.little_endian and not syntax.encapsulated):
+            return [_spliced(frames.read, parts, target) for parts in ranges]
+        spec = DecodeSpec.from_scan(frames.scan or self._header_scan(instance))
+
+        def decoded(parts: list[tuple[int, int]]) -> bytes:
+            data = b"".join(frames.read(offset, length) for offset, length in parts)
+            return native_frame(data, stored, spec, self._decoders)
+
+        sources = []
+        for parts in ranges:
+            length = sum(size for _, size in parts)
+            if syntax.encapsulated:
+                length = spec.frame_bytes
+            lazy = _Lazy(partial(decoded, parts), length)
+            sources.append(ByteSource(length, lazy.read, EXPLICIT_LE, transcoded=True))
+        return sources
 
     def _frames(self, instance: StoredInstance) -> _FrameSource:
         """Find where the frames of an instance are, at the least cost."""
@@ -311,23 +420,39 @@ class RetrieveService:
                 packed = locate.frame_table(connection, instance)
             if packed is not None:
                 return _FrameSource(FrameTable.unpack(packed), read, None)
+            if instance.object_length > self._limits.inflated_bytes:
+                # Bound: fragments that nobody could tell apart are not searched again.
+                return _FrameSource(FrameTable.empty(), read, None)
             body = self._dataset_bytes(instance)
             found = scan(body, 0, len(body), instance.transfer_syntax_uid, self._limits)
             table = frame_ranges(found, instance.number_of_frames or 1)
-            return _FrameSource(table, read, found)
-        return _FrameSource(
-            FrameTable.native(
-                instance.pixel_offset - start,
-                self._pixel_length(instance),
-                frames=instance.number_of_frames or 1,
-                rows=instance.rows,
-                columns=instance.columns,
-                samples=instance.samples,
-                bits_allocated=instance.bits_allocated,
-            ),
-            read,
-            None,
+            return _FrameSource(
+                table, lambda offset, length: body[offset : offset + length], found
+            )
+        length = self._pixel_length(instance)
+        n_frames = instance.number_of_frames or 1
+        table = FrameTable.native(
+            instance.pixel_offset - start,
+            length,
+            frames=n_frames,
+            rows=instance.rows,
+            columns=instance.columns,
+            samples=instance.samples,
+            bits_allocated=instance.bits_allocated,
+            subsampled=self._is_subsampled(instance, length, n_frames),
         )
+        return _FrameSource(table, read, None)
+
+    def _is_subsampled(
+        self, instance: StoredInstance, length: int, n_frames: int
+    ) -> bool:
+        """Tell whether native colour is YBR_FULL_422: two samples for each pixel."""
+        if instance.samples != 3 or not instance.rows or not instance.columns:
+            return False
+        pixels = instance.rows * instance.columns * n_frames
+        if length >= 3 * pixels * ((instance.bits_allocated or 8) // 8):
+            return False
+        return self._header_scan(instance).text(0x00280004) == "YBR_FULL_422"
 
     def _pixel_length(self, instance: StoredInstance) -> int:
         """Return the declared length of native Pixel Data, from its element."""
@@ -394,55 +519,17 @@ class RetrieveService:
         self, actor: Actor, study_uid: str, series_uid: str
     ) -> MetadataBody:
         """Return the metadata of a whole series, kept ready while it is unchanged."""
-        with self._database.read() as connection:
-            found = locate.instances(
-                connection, actor, study_uid=study_uid, series_uid=series_uid
-            )
-            if not found:
-                raise NotFound("no such series")
-            series_pk = found[0].series_pk
-            revision = connection.execute(
-                select(Series.revision).where(Series.id == series_pk)
-            ).scalar_one()
-            kept = connection.execute(
-                select(SeriesMetadata.etag, SeriesMetadata.gzip_body).where(
-                    SeriesMetadata.series_pk == series_pk,
-                    SeriesMetadata.revision == revision,
-                )
-            ).first()
-        if kept is not None:
-            return MetadataBody(kept[0], kept[1])
-        return self._build_metadata(found, series_pk, revision)
+        return self._bundles.series(actor, study_uid, series_uid)
 
-    def _build_metadata(
-        self, found: Sequence[StoredInstance], series_pk: int, revision: int
-    ) -> MetadataBody:
-        body = b"[" + b",".join(map(self.metadata, found)) + b"]"
-        etag = hashlib.sha256(body).hexdigest()[:32]
-        packed = gzip.compress(body, 1, mtime=0)
-        if len(packed) <= MAX_KEPT_METADATA:
-            with self._database.ingest() as connection:
-                connection.execute(
-                    SeriesMetadata.__table__.delete().where(  # type: ignore[attr-defined]
-                        SeriesMetadata.series_pk == series_pk
-                    )
-                )
-                present = connection.execute(
-                    select(Series.id).where(
-                        Series.id == series_pk, Series.revision == revision
-                    )
-                ).first()
-                if present is not None:
-                    connection.execute(
-                        SeriesMetadata.__table__.insert(),  # type: ignore[attr-defined]
-                        {
-                            "series_pk": series_pk,
-                            "revision": revision,
-                            "etag": etag,
-                            "gzip_body": packed,
-                        },
-                    )
-        return MetadataBody(etag, packed)
+    def study_metadata(
+        self, actor: Actor, study_uid: str
+    ) -> tuple[str, Iterator[bytes]]:
+        """Return entity tag and JSON array of the metadata of a study."""
+        return self._bundles.study(actor, study_uid)
+
+    def prepare_metadata(self, study_uid: str, tenant: str) -> int:
+        """Make the metadata of a settled study ready; return how many series it has."""
+        return self._bundles.prepare(study_uid, tenant)
 
     def bulkdata(self, instance: StoredInstance, path: str) -> BulkData:
         """Return the value of the element at `path` (``tag`` or ``tag/item/tag``).
@@ -454,26 +541,28 @@ class RetrieveService:
         """
         offset = instance.pixel_offset
         syntax = syntaxes.get(instance.transfer_syntax_uid)
-        native = not (syntax.encapsulated or syntax.deflated)
-        if path.upper() == "7FE00010" and offset is not None and native:
-            length = self._pixel_length(instance)
-            stream = ByteStream(
-                length, self._iter_object(instance, offset, length), EXPLICIT_LE
-            )
-            return BulkData("OW", "application/octet-stream", stream)
+        encoded = syntax.encapsulated or syntax.deflated or not syntax.little_endian
+        if path.upper() == "7FE00010" and offset is not None and not encoded:
+            return BulkData("OW", OCTETS, self._pixel_source(instance, offset))
+        if instance.object_length > self._limits.inflated_bytes:
+            raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
         body: bytes | memoryview = self._dataset_bytes(instance)
         if syntax.deflated:
             body = inflate(memoryview(body), self._limits)
         vr, value = value_at(body, 0, len(body), instance.transfer_syntax_uid, path)
-        mime = "application/octet-stream"
+        mime = OCTETS
         if path == "00420011":
             mime = self._document_type(body, instance)
-        data = bytes(value)
-        return BulkData(
-            vr,
-            mime,
-            ByteStream(len(data), _chunked((data,)), instance.transfer_syntax_uid),
+        source = ByteSource.of(
+            memoryview(value), instance.transfer_syntax_uid, transcoded=False
         )
+        return BulkData(vr, mime, source)
+
+    def _pixel_source(self, instance: StoredInstance, start: int) -> ByteSource:
+        def read(offset: int, length: int) -> bytes:
+            return self.read_object(instance, start + offset, length)
+
+        return ByteSource(self._pixel_length(instance), read, EXPLICIT_LE)
 
     def _document_type(self, body: bytes | memoryview, instance: StoredInstance) -> str:
         """Return MIME Type of Encapsulated Document (0042,0012) if it is one."""
@@ -482,7 +571,7 @@ class RetrieveService:
         text = raw.decode("ascii", "replace")
         main, _, sub = text.partition("/")
         legal = main.isalnum() and sub.replace("+", "").replace("-", "").isalnum()
-        return text if legal else "application/octet-stream"
+        return text if legal else OCTETS
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,6 +581,51 @@ class _FrameSource:
     table: FrameTable
     read: Callable[[int, int], bytes]
     scan: Scan | None
+
+
+class _Lazy:
+    """Bytes made at the first read and let go at the last."""
+
+    def __init__(self, make: Callable[[], bytes], length: int) -> None:
+        self._make = make
+        self._length = length
+        self._data: bytes | None = None
+
+    def read(self, offset: int, length: int) -> bytes:
+        if self._data is None:
+            self._data = self._make()
+        data = self._data
+        if offset + length >= self._length:
+            self._data = None
+        return data[offset : offset + length]
+
+
+def _spliced(
+    read: Callable[[int, int], bytes],
+    parts: Sequence[tuple[int, int]],
+    transfer_syntax_uid: str,
+) -> ByteSource:
+    """Return the parts of a frame as one; they are read only where they are asked."""
+    if len(parts) == 1:
+        start, length = parts[0]
+        return ByteSource(
+            length,
+            lambda offset, size: read(start + offset, size),
+            transfer_syntax_uid,
+        )
+
+    def read_across(offset: int, size: int) -> bytes:
+        found = []
+        for start, length in parts:
+            if size > 0 and offset < length:
+                found.append(read(start + offset, min(size, length - offset)))
+                size -= len(found[-1])
+            offset = max(0, offset - length)
+        return b"".join(found)
+
+    return ByteSource(
+        sum(length for _, length in parts), read_across, transfer_syntax_uid
+    )
 
 
 def bulkdata_prefix(instance: StoredInstance) -> str:

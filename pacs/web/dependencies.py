@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from fastapi import APIRouter
 
 from storage.kernel.errors import InvalidParameter
 from storage.kernel.types import Actor
@@ -49,3 +52,17 @@ def path_uid(name: str, value: str) -> str:
     if not 0 < len(value) <= 64 or not _UID_CHARACTERS.issuperset(value):
         raise InvalidParameter(name, "not a UID")
     return value
+
+
+Route = TypeVar("Route", bound=Callable[..., Any])
+
+
+def readable(router: APIRouter, path: str) -> Callable[[Route], Route]:
+    """Register a route for GET and HEAD; only the first is in the description."""
+
+    def register(route: Route) -> Route:
+        router.add_api_route(path, route, methods=["GET"])
+        router.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
+        return route
+
+    return register

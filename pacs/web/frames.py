@@ -1,0 +1,308 @@
+"""WADO-RS pixel data and bulk data: frames, bulkdata, pixeldata (PS3.18 10.4.1.1)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import orjson
+from fastapi import APIRouter, Response
+
+from pacs.domain.study import StoredInstance
+from pacs.imaging import syntaxes
+from pacs.services.retrieve import ByteSource, bulkdata_prefix
+from pacs.web.bodies import (
+    IMMUTABLE,
+    Attachment,
+    Validators,
+    send_parts,
+    send_source,
+)
+from pacs.web.dependencies import readable
+from pacs.web.multipart import MultipartWriter, Part
+from pacs.web.negotiation import ANY, OCTETS, Offer, candidates
+from pacs.web.retrieve import (
+    NEVER,
+    Asked,
+    RetrieveContext,
+    instance_validators,
+    source_part,
+)
+from storage.kernel.errors import InvalidParameter, NotFound, Unsupported
+
+router = APIRouter(tags=["bulk data"])
+
+_INSTANCE = "/studies/{study}/series/{series}/instances/{instance}"
+_NUMBERS = re.compile(r"[0-9]{1,9}(?:,[0-9]{1,9})*\Z")
+OCTET_PARTS = Offer(OCTETS, multipart=True)
+OCTET_SINGLE = Offer(OCTETS)
+#: Values that a page could run; they are only ever offered for saving.
+ENCAPSULATED_DOCUMENT = "00420011"
+PIXELS = "7FE00010"
+
+
+@readable(router, _INSTANCE + "/frames/{frames}")
+def retrieve_frames(
+    asked: Asked, study: str, series: str, instance: str, frames: str
+) -> Response:
+    """Retrieve frames, in the order they are asked for."""
+    numbers = parse_frame_list(frames, asked.retrieve.limits.frames_list)
+    found = asked.instance(study, series, instance)
+    offers = frame_offers(found, single=len(numbers) == 1)
+    for offer, wanted in candidates(asked.accept(), offers):
+        target = _frame_target(found, offer.media_type, wanted)
+        if target is None:
+            continue
+        sources = asked.retrieve.open_frames(found, numbers, target)
+        kind = f"{offer.media_type}; transfer-syntax={sources[0].transfer_syntax_uid}"
+        validators = Validators(
+            f"{found.digest.hex()[:32]}-{target}-{frames[:64]}", cache=IMMUTABLE
+        )
+        if not offer.multipart:
+            return send_source(asked.request, sources[0], kind, validators)
+        url = asked.url(found)
+        parts = [
+            source_part(
+                source,
+                (("Content-Type", kind), ("Content-Location", f"{url}/frames/{n}")),
+            )
+            for n, source in zip(numbers, sources, strict=True)
+        ]
+        writer = MultipartWriter(offer.media_type, parts)
+        return send_parts(asked.request, writer, validators)
+    kinds = ", ".join(map(str, offers))
+    stored = found.transfer_syntax_uid
+    raise Unsupported(f"available: {kinds}; stored in {stored}")
+
+
+def parse_frame_list(text: str, allowed: int) -> list[int]:
+    """Return the frame numbers of a path, in their order.
+
+    Raises
+    ------
+    InvalidParameter
+        Not a list of different numbers from 1, or more than `allowed`.
+    """
+    if not _NUMBERS.match(text):
+        raise InvalidParameter("frames", "not a list of numbers")
+    numbers = [int(part) for part in text.split(",")]
+    if len(numbers) > allowed:
+        raise InvalidParameter("frames", f"more than {allowed}")
+    if 0 in numbers or len(set(numbers)) < len(numbers):
+        raise InvalidParameter("frames", "zero, or a number twice")
+    return numbers
+
+
+def frame_offers(instance: StoredInstance, *, single: bool) -> list[Offer]:
+    """Return the forms that frames of an instance can have, the default first."""
+    syntax = syntaxes.get(instance.transfer_syntax_uid)
+    offers = [OCTET_PARTS, OCTET_SINGLE]
+    if syntax.media_type != OCTETS:
+        image = syntax.media_type
+        offers += [Offer(image, multipart=True), Offer(image)]
+        if not syntax.decodes:
+            # Video and the like have no raw form: their own comes first.
+            offers = offers[2:] + offers[:2]
+    return [offer for offer in offers if offer.multipart or single]
+
+
+def _frame_target(instance: StoredInstance, media_type: str, wanted: str) -> str | None:
+    """Return the transfer syntax for what a client named; None: cannot.
+
+    Without one, octets are Explicit VR Little Endian, but lossy pixels come as stored
+    (PS3.18 8.7.3.5.2); image types come as stored.
+    """
+    stored = instance.transfer_syntax_uid
+    syntax = syntaxes.get(stored)
+    plain = syntaxes.EXPLICIT_VR_LE
+    as_stored = stored if syntax.encapsulated else plain
+    if wanted in {ANY, stored} and wanted not in NEVER:
+        return as_stored
+    if media_type != OCTETS:
+        return as_stored if not wanted else None
+    if not wanted:
+        return as_stored if syntax.lossy or not syntax.decodes else plain
+    return plain if wanted == plain and syntax.decodes else None
+
+
+@readable(router, _INSTANCE + "/bulkdata/{path:path}")
+def retrieve_bulkdata(
+    asked: Asked, study: str, series: str, instance: str, path: str
+) -> Response:
+    """Retrieve the value of one element: a tag, or tag/item/tag."""
+    found = asked.instance(study, series, instance)
+    bulk = asked.retrieve.bulkdata(found, path)
+    offers = [OCTET_PARTS, OCTET_SINGLE]
+    headers: dict[str, str] = {}
+    if path == ENCAPSULATED_DOCUMENT:
+        headers = Attachment(found.sop_instance_uid).headers()
+        own = [Offer(bulk.mime_type), Offer(bulk.mime_type, multipart=True)]
+        offers = own + [offer for offer in offers if offer not in own]
+    offer, _ = candidates(asked.accept(), offers)[0]
+    validators = instance_validators(found, f"bulk-{path.replace('/', '.')}"[:128])
+    if not offer.multipart:
+        return send_source(
+            asked.request, bulk.source, offer.media_type, validators, headers
+        )
+    url = f"{asked.base}{bulkdata_prefix(found)}/{path}"
+    part = source_part(
+        bulk.source, (("Content-Type", offer.media_type), ("Content-Location", url))
+    )
+    response = send_parts(
+        asked.request, MultipartWriter(offer.media_type, [part]), validators
+    )
+    response.headers.update(headers)
+    return response
+
+
+@readable(router, "/studies/{study}/bulkdata")
+def study_bulkdata(asked: Asked, study: str) -> Response:
+    """Retrieve all bulk data of a study."""
+    return _all_bulk(asked, asked.instances(study))
+
+
+@readable(router, "/studies/{study}/series/{series}/bulkdata")
+def series_bulkdata(asked: Asked, study: str, series: str) -> Response:
+    """Retrieve all bulk data of a series."""
+    return _all_bulk(asked, asked.instances(study, series))
+
+
+@readable(router, _INSTANCE + "/bulkdata")
+def instance_bulkdata(asked: Asked, study: str, series: str, instance: str) -> Response:
+    """Retrieve all bulk data of an instance."""
+    return _all_bulk(asked, [asked.instance(study, series, instance)])
+
+
+@readable(router, "/studies/{study}/pixeldata")
+def study_pixeldata(asked: Asked, study: str) -> Response:
+    """Retrieve the pixel data of a study."""
+    return _all_pixels(asked, asked.instances(study))
+
+
+@readable(router, "/studies/{study}/series/{series}/pixeldata")
+def series_pixeldata(asked: Asked, study: str, series: str) -> Response:
+    """Retrieve the pixel data of a series."""
+    return _all_pixels(asked, asked.instances(study, series))
+
+
+@readable(router, _INSTANCE + "/pixeldata")
+def instance_pixeldata(
+    asked: Asked, study: str, series: str, instance: str
+) -> Response:
+    """Retrieve the pixel data of an instance."""
+    return _all_pixels(asked, [asked.instance(study, series, instance)])
+
+
+def _all_bulk(asked: RetrieveContext, found: Sequence[StoredInstance]) -> Response:
+    """Send every value that the metadata give by reference."""
+    candidates(asked.accept(), (OCTET_PARTS,))
+    parts: list[Part] = []
+    for instance in found:
+        prefix = bulkdata_prefix(instance)
+        for path in _references(
+            orjson.loads(asked.retrieve.metadata(instance)), prefix
+        ):
+            if path == PIXELS:
+                parts += _pixel_parts(asked, instance)
+                continue
+            bulk = asked.retrieve.bulkdata(instance, path)
+            url = f"{asked.base}{prefix}/{path}"
+            kinds = (("Content-Type", bulk.mime_type), ("Content-Location", url))
+            # Bound: values wait as places, not as bytes; each is read again.
+            parts.append(
+                Part(
+                    kinds,
+                    bulk.source.length,
+                    lambda instance=instance, path=path: (  # type: ignore[misc]
+                        asked.retrieve.bulkdata(instance, path).source.chunks()
+                    ),
+                )
+            )
+    return _send_all(asked, parts)
+
+
+def _references(attributes: dict[str, dict[str, object]], prefix: str) -> list[str]:
+    """Return the paths of all values given by reference."""
+    found: list[str] = []
+    for element in attributes.values():
+        uri = element.get("BulkDataURI")
+        if isinstance(uri, str):
+            found.append(uri.removeprefix(prefix + "/"))
+        values = element.get("Value")
+        if element.get("vr") == "SQ" and isinstance(values, list):
+            for item in values:
+                found += _references(item or {}, prefix)
+    return found
+
+
+def _all_pixels(asked: RetrieveContext, found: Sequence[StoredInstance]) -> Response:
+    candidates(asked.accept(), (OCTET_PARTS,))
+    parts: list[Part] = []
+    for instance in found:
+        parts += _pixel_parts(asked, instance)
+    return _send_all(asked, parts)
+
+
+def _pixel_parts(asked: RetrieveContext, instance: StoredInstance) -> list[Part]:
+    """Return native Pixel Data as one part, encapsulated frames as one each."""
+    syntax = syntaxes.get(instance.transfer_syntax_uid)
+    count = asked.retrieve.frame_count(instance)
+    if not count:
+        return []
+    url = asked.url(instance)
+    if not syntax.encapsulated and not syntax.deflated:
+        bulk = asked.retrieve.bulkdata(instance, PIXELS)
+        kind = f"{OCTETS}; transfer-syntax={syntaxes.EXPLICIT_VR_LE}"
+        return [
+            source_part(
+                bulk.source,
+                (
+                    ("Content-Type", kind),
+                    ("Content-Location", f"{url}/bulkdata/7FE00010"),
+                ),
+            )
+        ]
+    sources: list[ByteSource] = asked.retrieve.open_frames(
+        instance, range(1, count + 1)
+    )
+    kind = f"{syntax.media_type}; transfer-syntax={sources[0].transfer_syntax_uid}"
+    return [
+        source_part(
+            source,
+            (("Content-Type", kind), ("Content-Location", f"{url}/frames/{n}")),
+        )
+        for n, source in enumerate(sources, start=1)
+    ]
+
+
+def _send_all(asked: RetrieveContext, parts: Sequence[Part]) -> Response:
+    if not parts:
+        raise NotFound("no bulk data")
+    return send_parts(asked.request, MultipartWriter(OCTETS, parts), Validators())
+
+
+@readable(router, "/studies/{study}/rendered")
+@readable(router, "/studies/{study}/thumbnail")
+@readable(router, "/studies/{study}/series/{series}/rendered")
+@readable(router, "/studies/{study}/series/{series}/thumbnail")
+@readable(router, _INSTANCE + "/rendered")
+@readable(router, _INSTANCE + "/thumbnail")
+@readable(router, _INSTANCE + "/frames/{frames}/rendered")
+@readable(router, _INSTANCE + "/frames/{frames}/thumbnail")
+def not_rendered(
+    asked: Asked,
+    study: str,
+    series: str | None = None,
+    instance: str | None = None,
+    frames: str | None = None,
+) -> Response:
+    """Refuse to render: that comes with the rendering service."""
+    if series is not None and instance is not None:
+        asked.instance(study, series, instance)
+    else:
+        asked.instances(study, series)
+    if frames is not None:
+        parse_frame_list(frames, asked.retrieve.limits.frames_list)
+    raise Unsupported(
+        "rendered images come with the rendering service, which this version lacks"
+    )

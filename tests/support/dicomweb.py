@@ -1,0 +1,130 @@
+"""An archive behind a real HTTP listener, without the other processes of a node."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from pacs.imaging.codecs import DecoderPool
+from pacs.services.describe import Rules
+from pacs.services.ingest import IngestService
+from pacs.services.query import QueryService
+from pacs.services.retrieve import RetrieveService
+from pacs.web.problems import problem_response
+from storage.db import migrate
+from storage.db.engine import Database
+from storage.kernel.clock import SystemClock
+from storage.kernel.errors import ImagingError, InvalidParameter
+from storage.kernel.limits import Limits
+from storage.kernel.settings import SyncPolicy
+from storage.kernel.types import DEFAULT_TENANT, Actor, TenantId
+from storage.packs.reader import PackReader
+from storage.packs.writer import PackWriter
+from tests.support.waiting import wait_until
+
+#: Header by which a test says whose request it is.
+TENANT = "x-tenant"
+
+
+@dataclass
+class Archive:
+    """Services over one folder."""
+
+    folder: Path
+    limits: Limits = field(default_factory=Limits)
+    rules: Rules | None = None
+    database: Database = field(init=False)
+    packs: PackWriter = field(init=False)
+    reader: PackReader = field(init=False)
+    ingest: IngestService = field(init=False)
+    query: QueryService = field(init=False)
+    retrieve: RetrieveService = field(init=False)
+    decoders: DecoderPool = field(init=False)
+
+    def __post_init__(self) -> None:
+        url = f"sqlite:///{self.folder / 'index.db'}"
+        migrate.upgrade(url)
+        self.database = Database(url)
+        self.packs = PackWriter(self.folder / "packs", roll_bytes=1 << 30)
+        self.reader = PackReader(self.folder / "packs")
+        self.decoders = DecoderPool(self.limits)
+        self.ingest = IngestService(
+            database=self.database,
+            packs=self.packs,
+            rules=self.rules or Rules(limits=self.limits),
+            clock=SystemClock(),
+            sync=SyncPolicy.INSTANCE,
+            node_id="node-1",
+        )
+        self.query = QueryService(database=self.database, limits=self.limits)
+        self.retrieve = RetrieveService(
+            database=self.database,
+            reader=self.reader,
+            decoders=self.decoders,
+            limits=self.limits,
+        )
+
+    def close(self) -> None:
+        self.decoders.close()
+        self.packs.close()
+        self.reader.close()
+        self.database.close()
+
+
+def actor_of(request: Request) -> Actor:
+    """Return the actor a test speaks as."""
+    return Actor(TenantId(request.headers.get(TENANT, DEFAULT_TENANT)), "test")
+
+
+class EverythingAllowed:
+    """A policy that never refuses."""
+
+    def require(self, actor: Actor, action: str) -> None:
+        """Allow."""
+
+
+def application(
+    routers: list[tuple[str, APIRouter]],
+    dependencies: Mapping[Callable[..., Any], Callable[..., Any]],
+) -> FastAPI:
+    """Return an application with the errors of the real one."""
+    app = FastAPI(redirect_slashes=False)
+    for prefix, router in routers:
+        app.include_router(router, prefix=prefix)
+    app.dependency_overrides.update(dependencies)
+
+    def answer(_request: Request, error: Exception) -> Response:
+        return problem_response(error)
+
+    def malformed(_request: Request, _error: Exception) -> Response:
+        return problem_response(InvalidParameter("request", "malformed"))
+
+    app.add_exception_handler(ImagingError, answer)
+    app.add_exception_handler(HTTPException, answer)
+    app.add_exception_handler(RequestValidationError, malformed)
+    return app
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Run `app` on a free port of the loopback address; yield its base URL."""
+    config = uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started, "the server to start")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
