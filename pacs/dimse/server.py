@@ -70,6 +70,8 @@ log = logging.getLogger(__name__)
 
 #: Connections above the associations allowed: requests not yet read, monitors.
 _SPARE_CONNECTIONS = 64
+#: How often a listener that waits looks at shutdown, in seconds.
+_ACCEPT_TICK = 0.1
 #: How long a busier process leaves a new connection to an idler one.
 _YIELD_SECONDS = 0.002
 #: A-ABORT by us as the user of the service, and as its provider (PS3.8 9.3.8).
@@ -200,7 +202,7 @@ class DimseServer:
         waiting = select.poll()
         waiting.register(listener, select.POLLIN)
         while not self._stop.is_set():
-            if not waiting.poll(TICK * 1000):
+            if not waiting.poll(_ACCEPT_TICK * 1000):
                 continue
             if self._counts.is_busiest(self._slot):
                 self._stop.wait(_YIELD_SECONDS)
