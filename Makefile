@@ -16,8 +16,9 @@ RUN_DATA ?= .run
 RUN_HTTP ?= 127.0.0.1:8080
 RUN_DIMSE ?= 127.0.0.1:11112
 
-# Debian packages that the tests and the benchmark talk to.
-SYSTEM_PACKAGES ?= dcmtk orthanc orthanc-dicomweb
+# Debian packages that the benchmark and the tests talk to.
+PEERS := dcmtk orthanc orthanc-dicomweb
+SYSTEM_PACKAGES ?= $(PEERS) chromium
 
 # More arguments for pytest: make test PYTEST="-k forwarding -x"
 PYTEST ?=
@@ -61,6 +62,7 @@ check: setup ## format, lint, types, architecture and the quick tests
 	$(BIN)/mypy .
 	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST)
 
+bench: SYSTEM_PACKAGES := $(PEERS)
 bench: setup system ## compare with Orthanc and DCMTK on the same data
 	$(BIN)/python -m tests.bench $(BENCH)
 
