@@ -1,0 +1,95 @@
+"""The page over a real index, served on a port of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from gateway.http.study_list import ArchiveDirectory
+from pacs.services.query import QueryService
+from pacs.web import dependencies, problems, search
+from storage import activity, outbox
+from storage.db import migrate
+from storage.db.engine import Database
+from storage.kernel.clock import SystemClock
+from storage.kernel.errors import ImagingError
+from storage.kernel.limits import Limits
+from storage.kernel.types import Actor, TenantId
+from storage.outbox import ChangeFeed, NewEvent, Relay
+from tests.support.asgi import serving
+from tests.support.populated import Made, populate
+from viewer import app as page
+from viewer.activity import ArchiveActivity
+
+ACTOR = Actor(TenantId("default"), "test")
+MINUTE_US = 60_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A served page and the index behind it."""
+
+    url: str
+    database: Database
+
+    def arrive(self, *minutes_ago: tuple[int, int]) -> None:
+        """Let images arrive: (how many, how many minutes ago)."""
+        now_us = SystemClock().now_us()
+        for count, minutes in minutes_ago:
+            events = [
+                NewEvent("default", "instance.stored", f"{n}", {"bytes": 524_288})
+                for n in range(count)
+            ]
+            with self.database.write() as connection:
+                outbox.append_many(connection, events, now_us - minutes * MINUTE_US)
+        while Relay(self.database).tick():
+            pass
+        feed = ChangeFeed(self.database)
+        while feed.follow_batch(activity.FOLLOWER, activity.count):
+            pass
+
+
+def _application(database: Database) -> FastAPI:
+    query = QueryService(database=database, limits=Limits())
+    directory = ArchiveDirectory(query)
+    source = ArchiveActivity(
+        activity.ActivityReader(database, SystemClock()), directory.totals
+    )
+    application = FastAPI()
+    application.include_router(page.router)
+    application.include_router(search.router, prefix="/dicom-web")
+    application.dependency_overrides = {
+        page.current_actor: lambda: ACTOR,
+        page.study_directory: lambda: directory,
+        page.activity_source: lambda: source,
+        page.node_card: lambda: page.NodeCard("HUYING", 11112, "0.1.0"),
+        dependencies.current_actor: lambda: ACTOR,
+        search.query_service: lambda: query,
+        dependencies.base_url: lambda: "",
+    }
+
+    def refuse(_request: Request, error: Exception) -> Response:
+        return problems.problem_response(error)
+
+    application.add_exception_handler(ImagingError, refuse)
+    return application
+
+
+@contextmanager
+def served(folder: Path, studies: Sequence[Made] = ()) -> Iterator[Site]:
+    """Serve the page over an index that holds `studies`."""
+    url = f"sqlite:///{folder / 'index.db'}"
+    migrate.upgrade(url)
+    database = Database(url)
+    if studies:
+        populate(database, list(studies))
+    try:
+        with serving(_application(database)) as address:
+            yield Site(address, database)
+    finally:
+        database.close()
