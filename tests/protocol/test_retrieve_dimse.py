@@ -1,0 +1,188 @@
+"""C-MOVE and C-GET against peers that we did not write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRBigEndian
+from pynetdicom import AE, build_context, build_role, evt
+
+from pacs.imaging.part10 import read_file_meta
+from storage.kernel.errors import DuplicateInstance, InvalidInput
+from tests.support import dcmtk
+from tests.support.archive import ADMIN, Archive, archive
+from tests.support.corpus import files, needs_corpus
+from tests.support.datasets import (
+    NATIVE_SYNTAXES,
+    a_study,
+    ct_slice,
+    dataset_bytes,
+    part10,
+)
+from tests.support.dicom_peers import PyScp, StoreScp
+
+#: Study Root Query/Retrieve Information Model - GET.
+GET_MODEL = "1.2.840.10008.5.1.4.1.2.2.3"
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Archive]:
+    with archive(tmp_path / "node") as made, made.listening():
+        yield made
+
+
+@pytest.fixture
+def scp(tmp_path: Path) -> Iterator[StoreScp]:
+    with StoreScp(tmp_path / "received", "+xa").running() as running:
+        yield running
+
+
+def move(node: Archive, *keys: str, root: str = "-S", to: str = "STORESCP") -> str:
+    """Run movescu; return what it says."""
+    arguments = [part for key in keys for part in ("-k", key)]
+    return dcmtk.run(
+        "movescu", "-v", root, "-aet", "MOVER", "-aec", node.aet, "-aem", to,
+        "127.0.0.1", node.port, *arguments, check=False,
+    ).stdout  # fmt: skip
+
+
+def get(node: Archive, folder: Path, *keys: str, options: tuple[str, ...] = ()) -> str:
+    """Run getscu; return what it says."""
+    folder.mkdir(exist_ok=True)
+    arguments = [part for key in keys for part in ("-k", key)]
+    return dcmtk.run(
+        "getscu", "-v", "-S", "+B", "-od", folder, *options, "-aec", node.aet,
+        "127.0.0.1", node.port, *arguments, check=False,
+    ).stdout  # fmt: skip
+
+
+def pynetdicom_get(
+    node: Archive, study_uid: str, contexts: Sequence[tuple[str, str]]
+) -> dict[str, tuple[str, bytes]]:
+    """C-GET with pynetdicom; return syntax and data set of each instance."""
+    got: dict[str, tuple[str, bytes]] = {}
+
+    def store(event: evt.Event) -> int:
+        request = event.request
+        got[str(request.AffectedSOPInstanceUID)] = (
+            str(event.context.transfer_syntax),
+            request.DataSet.getvalue(),
+        )
+        return 0x0000
+
+    entity = AE(ae_title="GETTER")
+    proposed = [build_context(GET_MODEL)]
+    proposed += [build_context(uid, syntax) for uid, syntax in contexts]
+    association = entity.associate(
+        "127.0.0.1",
+        node.port,
+        proposed,
+        ae_title=node.aet,
+        ext_neg=[build_role(uid, scp_role=True) for uid in {c for c, _ in contexts}],
+        evt_handlers=[(evt.EVT_C_STORE, store)],
+    )
+    assert association.is_established
+    wanted = Dataset()
+    wanted.QueryRetrieveLevel = "STUDY"
+    wanted.StudyInstanceUID = study_uid
+    answers = association.send_c_get(wanted, GET_MODEL)
+    statuses = [status.Status for status, _ in answers]
+    association.release()
+    assert statuses[-1] == 0x0000
+    return got
+
+
+def body(file: bytes) -> bytes:
+    """Return the data set of a file whose File Meta may lack its length."""
+    meta = read_file_meta(file)
+    assert meta is not None
+    return file[meta.dataset_offset :]
+
+
+def study(number: int) -> tuple[str, str]:
+    return (
+        "QueryRetrieveLevel=STUDY",
+        f"StudyInstanceUID={ct_slice(seed=number).StudyInstanceUID}",
+    )
+
+
+def test_a_study_moves_byte_for_byte(node: Archive, scp: StoreScp) -> None:
+    made = {str(ds.SOPInstanceUID): part10(ds) for ds in a_study(n_series=2)}
+    for file in made.values():
+        node.store(file)
+    node.add_peer(scp.title, scp.port)
+
+    output = move(node, *study(1))
+
+    assert "Success" in output
+    received = scp.wait_for(6)
+    assert {uid: dataset_bytes(file) for uid, file in received.items()} == {
+        uid: dataset_bytes(file) for uid, file in made.items()
+    }
+
+
+def test_a_study_is_got_byte_for_byte(node: Archive, tmp_path: Path) -> None:
+    made = {str(ds.SOPInstanceUID): part10(ds) for ds in a_study(n_series=2)}
+    for file in made.values():
+        node.store(file)
+
+    output = get(node, tmp_path / "got", *study(1))
+
+    assert "Success" in output
+    got = {path.name: path.read_bytes() for path in (tmp_path / "got").iterdir()}
+    assert sorted(map(dataset_bytes, got.values())) == sorted(
+        map(dataset_bytes, made.values())
+    )
+
+
+@pytest.mark.parametrize("syntax", NATIVE_SYNTAXES, ids=lambda uid: uid.name)
+def test_a_native_object_reaches_a_peer_that_takes_implicit_only(
+    node: Archive, tmp_path: Path, syntax: str
+) -> None:
+    ds = ct_slice()
+    node.store(part10(ds, syntax))
+    with StoreScp(tmp_path / "implicit", "+xi").running() as scp:
+        node.add_peer(scp.title, scp.port)
+
+        output = move(node, *study(1))
+
+        assert "Success" in output
+        received = scp.wait_for(1)
+    if syntax == ExplicitVRBigEndian:
+        # pydicom writes pixel bytes as they are: they were big endian ones.
+        ds.PixelData = np.frombuffer(ds.PixelData, "<u2").byteswap().tobytes()
+    assert dataset_bytes(received[str(ds.SOPInstanceUID)]) == dataset_bytes(
+        part10(ds, NATIVE_SYNTAXES[0])
+    )
+
+
+@needs_corpus
+def test_every_syntax_moves_and_is_got_byte_for_byte(node: Archive) -> None:
+    stored: dict[str, tuple[str, bytes]] = {}
+    studies, contexts = set(), set()
+    for path in files("syntaxes"):
+        file = path.read_bytes()
+        with suppress(InvalidInput, DuplicateInstance):  # a few lack a study or a head
+            uid = node.store(file)
+            found = node.node.retrieve.find_instance(ADMIN, uid)
+            stored[uid] = (found.transfer_syntax_uid, body(file))
+            studies.add(found.study_instance_uid)
+            contexts.add((found.sop_class_uid, found.transfer_syntax_uid))
+    assert len({syntax for syntax, _ in stored.values()}) > 15
+    keys = ("QueryRetrieveLevel=STUDY", "StudyInstanceUID=" + "\\".join(studies))
+    with PyScp().running() as scp:
+        node.add_peer(scp.title, scp.port)
+
+        output = move(node, *keys, to=scp.title)
+
+    assert "Success" in output
+    moved = {
+        one.instance_uid: (one.transfer_syntax_uid, one.dataset) for one in scp.received
+    }
+    assert moved == stored
+    assert pynetdicom_get(node, "\\".join(studies), sorted(contexts)) == stored
