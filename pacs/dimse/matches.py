@@ -10,6 +10,7 @@ import re
 import struct
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,9 +19,13 @@ from pacs.imaging.encoding import LONG_VRS, encoding_of
 
 SPECIFIC_CHARACTER_SET = 0x00080005
 _UTF_8 = "ISO_IR 192"
-_ITEM = struct.Struct("<HHI")
 _TEXT_VRS = frozenset((b"LO", b"LT", b"PN", b"SH", b"ST", b"UC", b"UT"))
 _MAX_SHORT = 0xFFFE
+#: Sets that an escape sequence designates as G1, where ASCII stays (PS3.5 Annex K, I).
+_G1 = {
+    "ISO 2022 IR 58": (b"\x1b$)A", "gb2312"),
+    "ISO 2022 IR 149": (b"\x1b$)C", "euc_kr"),
+}
 #: What ends the reach of an escape sequence (PS3.5 6.1.2.5.3).
 _PIECES = re.compile(r"([\\^=\r\n\t\f])")
 
@@ -83,7 +88,7 @@ class MatchWriter:
                 [self._key(one, inner[one]) for one in sorted(inner)],
             )
         self._charset = self._key(SPECIFIC_CHARACTER_SET, b"CS")
-        self._terms = tuple(filter(None, terms))
+        self._terms = terms if any(terms) else ()
 
     def write(self, match: Mapping[int, str]) -> bytes:
         """Return one match as a data set."""
@@ -191,24 +196,30 @@ def _stand_alone(term: str, text: str, _vr: bytes) -> bytes:
 
 def _extended(terms: tuple[str, ...], text: str, vr: bytes) -> bytes:
     """Encode with code extensions; only what reads back the same is sent."""
-    from pydicom.charset import convert_encodings, encode_string
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            encodings = convert_encodings(list(terms))
-            raw = b"".join(
-                piece.encode("ascii")
-                if piece.isascii()
-                else encode_string(piece, encodings)
-                for piece in _PIECES.split(text)
-            )
-        except (LookupError, UnicodeError, ValueError):
-            raise _does_not_fit(text) from None
+    try:
+        raw = b"".join(
+            piece.encode("ascii") if piece.isascii() else _escaped(piece, terms)
+            for piece in _PIECES.split(text)
+        )
+    except (LookupError, UnicodeError, ValueError):
+        raise _does_not_fit(text) from None
     back = charset.decoder("\\".join(terms).encode("ascii", "replace"))
     if back.decode(raw, vr.decode()) != text:
         raise _does_not_fit(text)
     return raw
+
+
+def _escaped(piece: str, terms: tuple[str, ...]) -> bytes:
+    for term in terms:
+        if term in _G1:
+            escape, codec = _G1[term]
+            with suppress(UnicodeEncodeError):
+                return escape + piece.encode(codec)
+    from pydicom.charset import convert_encodings, encode_string
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return encode_string(piece, convert_encodings(list(terms)))
 
 
 def _does_not_fit(text: str) -> UnicodeEncodeError:
