@@ -7,6 +7,7 @@ are held in memory, within a bound of their own.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -38,6 +39,8 @@ _DEFAULTS = {
     "image/jpx": "1.2.840.10008.1.2.4.92",
     "image/jxl": "1.2.840.10008.1.2.4.110",
 }
+
+_BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2,3}={1,2})?\Z")
 
 Built = tuple[str, Callable[[], bytes], int]
 """Transfer syntax, what makes the data set, and about how many bytes that takes."""
@@ -195,6 +198,9 @@ def _check(attributes: Mapping[str, Any], depth: int) -> None:
                 known and vr not in {*known.split(" or "), "UN"}
             ):
                 raise MalformedObject("wrong or no VR", tag)
+            inline = element.get("InlineBinary", "")
+            if not isinstance(inline, str) or not _BASE64.match(inline):
+                raise MalformedObject("not base64", tag)
             if vr == "SQ":
                 values = element.get("Value", [])
                 if not isinstance(values, list) or not all(

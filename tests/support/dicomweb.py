@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.parser import BytesParser
+from email.policy import HTTP
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from pacs.services.describe import Rules
 from pacs.services.ingest import IngestService
 from pacs.services.query import QueryService
 from pacs.services.retrieve import RetrieveService
+from pacs.web import delete, dependencies, retrieve, routes, search, store
+from pacs.web.intake import Intake
 from pacs.web.problems import problem_response
 from storage.db import migrate
 from storage.db.engine import Database
@@ -30,6 +34,7 @@ from storage.kernel.types import DEFAULT_TENANT, Actor, TenantId
 from storage.packs.reader import PackReader
 from storage.packs.writer import PackWriter
 from tests.support.waiting import wait_until
+from tests.support.web import Response as HttpResponse
 
 #: Header by which a test says whose request it is.
 TENANT = "x-tenant"
@@ -128,3 +133,100 @@ def serving(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+async def _tenant_actor(request: Request) -> Actor:
+    return actor_of(request)
+
+
+def given(value: Any) -> Callable[[], Any]:
+    """Return a dependency that gives `value`."""
+
+    async def dependency() -> Any:
+        return value
+
+    return dependency
+
+
+@dataclass
+class WebArchive:
+    """An archive and the address of its listener."""
+
+    archive: Archive
+    url: str
+
+    @property
+    def dicomweb(self) -> str:
+        return f"{self.url}/dicom-web"
+
+
+@contextmanager
+def web_archive(
+    folder: Path,
+    *,
+    limits: Limits | None = None,
+    rules: Rules | None = None,
+    body_seconds: float = 20,
+    deletion: Any = None,
+) -> Iterator[WebArchive]:
+    """Serve DICOMweb over an archive in `folder`."""
+    archive = Archive(folder, limits or Limits(), rules)
+    intake = Intake(archive.ingest, archive.limits, body_seconds=body_seconds)
+    app = application(
+        [
+            *(("/dicom-web", router) for router in routes.DICOMWEB),
+            *(("/api/v1", router) for router in routes.REST),
+        ],
+        {
+            dependencies.current_actor: _tenant_actor,
+            dependencies.access_policy: given(EverythingAllowed()),
+            dependencies.base_url: given(""),
+            search.query_service: given(archive.query),
+            store.intake: given(intake),
+            retrieve.retrieve_service: given(archive.retrieve),
+            delete.deletion_service: given(deletion),
+        },
+    )
+    try:
+        with serving(app) as url:
+            yield WebArchive(archive, url)
+    finally:
+        intake.close()
+        archive.close()
+
+
+def multipart(
+    parts: Sequence[bytes | tuple[str, bytes]],
+    *,
+    kind: str = "application/dicom",
+    boundary: str = "B0undary",
+) -> tuple[bytes, dict[str, str]]:
+    """Return body and headers of a multipart request.
+
+    Parameters
+    ----------
+    parts : sequence
+        Bodies of type `kind`, or (header lines, body).
+    """
+    body = b""
+    for part in parts:
+        headers, data = (
+            (f"Content-Type: {kind}", part) if isinstance(part, bytes) else part
+        )
+        body += f"--{boundary}\r\n{headers}\r\n\r\n".encode() + data + b"\r\n"
+    body += f"--{boundary}--\r\n".encode()
+    return body, {
+        "Content-Type": f'multipart/related; type="{kind}"; boundary={boundary}'
+    }
+
+
+def split(response: HttpResponse) -> list[tuple[dict[str, str], bytes]]:
+    """Return the parts of a multipart answer, by an independent reader."""
+    head = f"Content-Type: {response.headers['content-type']}\r\n\r\n".encode()
+    message = BytesParser(policy=HTTP).parsebytes(head + response.body)
+    found = []
+    for part in message.iter_parts():
+        headers = {name.lower(): str(value) for name, value in part.items()}
+        payload = part.get_payload(decode=True)
+        found.append((headers, payload if isinstance(payload, bytes) else b""))
+    return found
