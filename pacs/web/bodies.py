@@ -123,7 +123,7 @@ def _range(request: Request, length: int, etag: str) -> tuple[int, int] | str | 
         return (length - size, length) if size else ""
     start = int(match[1])
     stop = int(match[2]) + 1 if match[2] else length
-    if stop <= start:
+    if match[2] and stop <= start:
         return None
     return (start, min(stop, length)) if start < length else ""
 

@@ -326,7 +326,7 @@ def test_a_find_that_is_closed_early_gives_its_connection_back(
     for _ in range(60):
         found = query.find(ACTOR, Level.STUDY, {}, root="STUDY")
         next(found)
-        found.close()  # type: ignore[attr-defined]
+        found.close()
 
 
 def test_patients_without_an_id_are_told_apart_and_look_alike(

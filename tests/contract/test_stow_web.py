@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -301,7 +302,7 @@ def broken_json(change: str) -> bytes:
         for _ in range(100):
             inner = {"00400275": {"vr": "SQ", "Value": [inner]}}
         attributes.update(inner)
-    return orjson.dumps([attributes])
+    return json.dumps([attributes]).encode()
 
 
 @pytest.mark.parametrize("change", ["dangling", "vr", "base64", "tag", "depth"])
