@@ -14,6 +14,7 @@ from gateway import cli
 from gateway.cli import address, settings_for
 from gateway.importer import ImportSummary, Rejected
 from gateway.reference import settings_reference
+from storage.db import migrate
 from storage.kernel.errors import InvalidParameter
 from storage.kernel.settings import Settings, known_keys
 
@@ -93,8 +94,8 @@ def test_open_is_refused_beyond_loopback(tmp_path: Path) -> None:
 
 def test_db_commands(tmp_path: Path) -> None:
     assert run("db", "current", "--data", tmp_path).output == "none\n"
-    assert run("db", "upgrade", "--data", tmp_path).output == "0001\n"
-    assert run("db", "current", "--data", tmp_path).output == "0001\n"
+    assert run("db", "upgrade", "--data", tmp_path).output == f"{migrate.head()}\n"
+    assert run("db", "current", "--data", tmp_path).output == f"{migrate.head()}\n"
     checked = run("db", "check", "--data", tmp_path)
     assert (checked.exit_code, checked.output) == (
         0,
