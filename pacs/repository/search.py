@@ -27,7 +27,7 @@ from pacs.repository.search_sql import (
     Tree,
     compile_statement,
 )
-from pacs.repository.tables import Instance, Series, Study
+from pacs.repository.tables import Instance, Series
 from storage.kernel.errors import InvalidParameter
 from storage.kernel.types import Actor
 
@@ -199,23 +199,6 @@ def count(
                 run = _Run(connection, selection, phase, tree, values, None)
                 total += run.count(tenant, at_most - total)
     return total
-
-
-def totals(connection: Connection, actor: Actor) -> tuple[int, int, int, int]:
-    """Return how many studies, series, instances and bytes an actor may see.
-
-    Reads a row of every study: for display, not for each request.
-    """
-    found = connection.execute(
-        select(
-            func.count(),
-            func.sum(Study.n_series),
-            func.sum(Study.n_instances),
-            func.sum(Study.size_bytes),
-        ).where(Study.tenant.in_(actor.tenants))
-    ).one()
-    studies, series, instances, size_bytes = (int(value or 0) for value in found)
-    return studies, series, instances, size_bytes
 
 
 def first_instances(

@@ -40,7 +40,6 @@ from pacs.repository.search import (
     first_instances,
     page,
     stream,
-    totals,
 )
 from pacs.services.answers import (
     ANSWERS,
@@ -62,7 +61,6 @@ from storage.kernel.types import Actor
 
 __all__ = [
     "ROOTS",
-    "ArchiveTotals",
     "HeaderSource",
     "QueryService",
     "SearchPage",
@@ -152,16 +150,6 @@ class StudySummary:
     n_instances: int
     size_bytes: int
     updated_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class ArchiveTotals:
-    """Everything an actor may see, counted."""
-
-    studies: int
-    series: int
-    instances: int
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,11 +409,6 @@ class QueryService:
             tuple(_summary(row) for row in found.rows[:limit]),
             _encode(last) if last is not None else "",
         )
-
-    def totals(self, actor: Actor) -> ArchiveTotals:
-        """Count what `actor` may see; slow in a large archive, so ask rarely."""
-        with self._database.read() as connection:
-            return ArchiveTotals(*totals(connection, actor))
 
 
 def _check_hierarchy(above: Iterable[Level], keys: Mapping[int, str]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from gateway.http.study_list import ArchiveDirectory
+from gateway import pages
 from pacs.services.query import QueryService
 from pacs.web import dependencies, problems, search
 from storage import activity, outbox
@@ -56,9 +57,9 @@ class Site:
 
 def _application(database: Database) -> FastAPI:
     query = QueryService(database=database, limits=Limits())
-    directory = ArchiveDirectory(query)
+    directory = pages.StudyDirectory(query)
     source = ArchiveActivity(
-        activity.ActivityReader(database, SystemClock()), directory.totals
+        activity.ActivityReader(database, SystemClock()), partial(pages.sums, database)
     )
     application = FastAPI()
     application.include_router(page.router)

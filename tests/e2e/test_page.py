@@ -255,7 +255,7 @@ def test_a_search_is_one_request_and_never_in_the_address(
     assert [parse_qs(urlsplit(one.url).query)["text"] for one in lists] == [["zhang"]]
     assert page.url == f"{site.url}/"
     assert page.evaluate("history.length") <= 2
-    assert {name[0] for name in shown_names(page)} == {"张"}
+    assert {name[0] for name in shown_names(page)} <= {"张", "Z"}
 
 
 def test_a_new_search_ends_the_one_before(site: Site, open_page: Opener) -> None:
@@ -363,6 +363,12 @@ def test_a_study_opens_with_its_series_and_links(site: Site, open_page: Opener) 
         "all => all.map(one => one.getAttribute('href'))"
     )
     assert all(href.startswith("/dicom-web/studies/1.2.826.9.3") for href in hrefs)
+    page.locator(".head > button").click()
+    expect(page.locator(".head > button")).to_have_text("已复制")
+    assert page.evaluate("navigator.clipboard.readText()") == (
+        "getscu -S -aec HUYING 127.0.0.1 11112"
+        " -k 0008,0052=STUDY -k 0020,000d=1.2.826.9.3"
+    )
     page.locator(".uid button").click()
     expect(page.locator(".uid button")).to_have_text("已复制")
     assert page.evaluate("navigator.clipboard.readText()") == "1.2.826.9.3"

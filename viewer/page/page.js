@@ -22,7 +22,7 @@ export const TEXTS = {
     errorTitle: "列表读取失败", errorNetwork: "连接不上服务器。请检查网络后重试。",
     errorServer: "服务器暂时不能回答（{n}）。", errorInput: "条件的写法不对，请修改后再试。",
     errorAccess: "没有查看权限。", retry: "重试",
-    studyUid: "检查 UID", copy: "复制", copied: "已复制", download: "下载 DICOM",
+    studyUid: "检查 UID", copy: "复制", copied: "已复制", download: "下载 DICOM（multipart）", getscu: "复制 getscu 命令",
     metadata: "元数据 JSON", number: "序号", part: "部位", seriesDescription: "序列描述",
     noSeries: "没有序列", seriesError: "序列读取失败。", open: "打开", close: "收起",
   },
@@ -46,7 +46,7 @@ export const TEXTS = {
     errorTitle: "The list could not be read", errorNetwork: "The server cannot be reached. Check the network and try again.",
     errorServer: "The server cannot answer at the moment ({n}).", errorInput: "A search field has the wrong form.",
     errorAccess: "You may not see this.", retry: "Try again",
-    studyUid: "Study UID", copy: "Copy", copied: "Copied", download: "Download DICOM",
+    studyUid: "Study UID", copy: "Copy", copied: "Copied", download: "Download DICOM (multipart)", getscu: "Copy getscu command",
     metadata: "Metadata JSON", number: "No.", part: "Body part", seriesDescription: "Series description",
     noSeries: "No series", seriesError: "The series could not be read.", open: "Open", close: "Close",
   },
@@ -61,6 +61,8 @@ const NEAR_PX = 300;
 const TYPING_MS = 180;
 const POLL_MS = 5000;
 const REQUEST_MS = 30000;
+// Every instance of a study as it was stored (PS3.18 10.4.1.1.1).
+const MULTIPART = 'multipart/related; type="application/dicom"; transfer-syntax=*';
 const SVG = "http://www.w3.org/2000/svg";
 
 const $ = (id) => document.getElementById(id);
@@ -214,7 +216,7 @@ function numberCell(className, key, text, title) {
   return element("td", { className: `c-number ${className}`, role: "cell", "data-label": t(key), text, title });
 }
 
-async function copy(text, button) {
+async function copy(text, button, label) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
@@ -228,13 +230,20 @@ async function copy(text, button) {
     button.focus();
   }
   button.textContent = t("copied");
-  setTimeout(() => { button.textContent = t("copy"); }, 1500);
+  setTimeout(() => { button.textContent = t(label); }, 1500);
 }
 
-function copyButton(text) {
-  const button = element("button", { type: "button", className: "quiet", text: t("copy"), "aria-live": "polite" });
-  button.addEventListener("click", () => copy(text, button));
+function copyButton(text, label = "copy") {
+  const button = element("button", { type: "button", className: "quiet", text: t(label), "aria-live": "polite" });
+  button.addEventListener("click", () => copy(text, button, label));
   return button;
+}
+
+// Where DCMTK's tools find this node; an AE title may hold what a shell would take apart.
+function dicomAddress() {
+  const host = location.hostname.replace(/^\[|\]$/g, "");
+  const called = /^[\w.-]+$/.test(node.aet) ? node.aet : `'${node.aet.replace(/'/g, String.raw`'\''`)}'`;
+  return `-aec ${called} ${host} ${node.dimsePort}`;
 }
 
 // -- asking the server
@@ -371,9 +380,7 @@ function paintEmpty() {
     $("state").append(element("h2", { text: t("noMatchTitle") }), element("p", { text: t("noMatchText") }));
     return;
   }
-  const host = location.hostname.replace(/^\[|\]$/g, "");
-  const called = /^[\w.-]+$/.test(node.aet) ? node.aet : `'${node.aet.replace(/'/g, String.raw`'\''`)}'`;
-  const command = `storescu -aec ${called} ${host} ${node.dimsePort} +sd +r ./dicom`;
+  const command = `storescu ${dicomAddress()} +sd +r ./dicom`;
   $("state").append(
     element("h2", { text: t("emptyTitle") }),
     element("p", { text: t("emptyText") }),
@@ -453,8 +460,9 @@ function paintDetail(panel, study) {
         element("bdi", { className: "mono", text: uid }),
         copyButton(uid),
       ),
-      link(`${base}?accept=application/zip`, t("download"), `${uid}.zip`),
-      link(`${base}/metadata?accept=application/dicom%2Bjson`, t("metadata"), `${uid}.json`),
+      copyButton(`getscu -S ${dicomAddress()} -k 0008,0052=STUDY -k 0020,000d=${uid}`, "getscu"),
+      link(`${base}?accept=${encodeURIComponent(MULTIPART)}`, t("download"), `${uid}.multipart`),
+      link(`${base}/metadata?accept=${encodeURIComponent("application/dicom+json")}`, t("metadata"), `${uid}.json`),
     ),
     element("p", { className: "note", text: t("loading"), role: "status" }),
   );
