@@ -139,6 +139,8 @@ class Association:
         dataset: Iterable[bytes] | None = None,
     ) -> None:
         """Queue a message; sent by `flush`, or once half a MiB has gathered."""
+        if cmd.STATUS in command:
+            self.last_status = cmd.number(command, cmd.STATUS)
         self._put(
             data_pdus(
                 context_id, COMMAND, cmd.encode(command), self.max_send, last=True
@@ -260,8 +262,12 @@ class Association:
     def complete(self, message: Message) -> Message:
         """Read the data set of a message other than C-STORE-RQ, when it has one."""
         if message.dataset is None and has_dataset(message.command):
+            asks = cmd.number(message.command, cmd.FIELD)
             message.dataset = self.reader.read_dataset(
-                message.context_id, self.limits.identifier_bytes
+                message.context_id,
+                self.limits.action_bytes
+                if asks == CommandField.N_ACTION_RQ
+                else self.limits.identifier_bytes,
             )
         return message
 

@@ -568,9 +568,8 @@ class RemoteAssociation:
 
 def _rejection(body: bytes) -> str:
     result, source, reason = body[1:4]
-    lasting = "permanently" if result == 1 else "for now"
     why = _REJECTIONS.get((source, reason), "unknown reason")
-    return f"rejected {lasting}, {why}"
+    return f"rejected, {why}" + (" (for now)" if result == 2 else "")
 
 
 __all__ = [

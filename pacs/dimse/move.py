@@ -76,7 +76,7 @@ class MoveHandler:
                 error,
                 extra={"event": "move.destination", "peer": peer.title},
             )
-            progress.finish(found, f"destination: {error}")
+            progress.finish(found, str(error))
         else:
             progress.finish(found)
 

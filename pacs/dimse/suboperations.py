@@ -85,7 +85,7 @@ class Progress:
         )
         response.update(tally.counts(remaining=self._cancelled))
         if tally.failed:
-            response[cmd.COMMENT] = f"{tally.failed} failed: {tally.reason}"[:64]
+            response[cmd.COMMENT] = tally.reason[:64]
         dataset = None
         if tally.failed_uids:
             uids = "\\".join(tally.failed_uids)

@@ -25,7 +25,10 @@ class Limits(BaseModel):
     )
     command_bytes: int = Field(64 * KIB, ge=KIB, description="one DIMSE command set")
     identifier_bytes: int = Field(
-        1 * MIB, ge=KIB, description="one C-FIND/C-MOVE/N-ACTION data set"
+        1 * MIB, ge=KIB, description="one C-FIND/C-MOVE data set"
+    )
+    action_bytes: int = Field(
+        16 * MIB, ge=KIB, description="one N-ACTION data set: 100,000 references"
     )
     sequence_depth: int = Field(64, ge=1, description="nesting of sequences")
     elements: int = Field(

@@ -8,34 +8,40 @@ from __future__ import annotations
 import hashlib
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydicom.dataset import Dataset
+from sqlalchemy import select
 
-from gateway.app import Node, open_node, our_aes
+from gateway.app import Node, open_node, our_aes, pack_folder
 from pacs.dimse.association import Handler
 from pacs.dimse.client import Timeouts
 from pacs.dimse.command import CommandField
 from pacs.dimse.commit import CommitHandler
-from pacs.dimse.deliver import Outgoing
+from pacs.dimse.deliver import Outgoing, PeerSender
 from pacs.dimse.get import GetHandler
 from pacs.dimse.move import MoveHandler
 from pacs.dimse.server import AssociationCounts, DimseServer
 from pacs.domain.study import Arrival
 from pacs.imaging.part10 import read_file_meta
-from pacs.services.commitment import CommitmentService
+from pacs.repository.tables import CommitmentRequest, Study
+from pacs.services.commitment import CommitmentService, Report
+from pacs.services.forwarding import FOLLOWER, KINDS, Enqueue, ForwardingService
 from pacs.services.policy import KnownPeer
 from storage.db import migrate
 from storage.kernel.settings import Settings
 from storage.kernel.types import Actor, Digest, Door, Role, Source, TenantId
+from storage.outbox import Event, Relay
+from storage.packs.writer import pack_path
 from tests.support.datasets import part10
 
 ADMIN = Actor(TenantId("default"), "test", roles=frozenset({Role.ADMIN}))
 #: Short, so that a hanging peer does not hold a test.
 TIMEOUTS = Timeouts(connect=5, acse=5, dimse=5, write=5)
+Follow = Callable[[Enqueue], Callable[[Event], None]]
 
 
 class Archive:
@@ -80,6 +86,67 @@ class Archive:
         peer = KnownPeer(title=title, port=port, **{**values, **more})
         self.node.peers.put(peer)
         return peer
+
+    def damage(self, sop_instance_uid: str) -> None:
+        """Flip one bit of the last byte of an object in its pack."""
+        found = self.node.retrieve.find_instance(ADMIN, sop_instance_uid)
+        path = pack_path(pack_folder(self.node.settings), found.pack_key)
+        with path.open("r+b") as stream:
+            stream.seek(found.object_offset + found.object_length - 1)
+            last = stream.read(1)[0]
+            stream.seek(-1, 1)
+            stream.write(bytes((last ^ 1,)))
+
+    def forwarding(self) -> ForwardingService:
+        """Return the service that forwards, as the worker has it."""
+        node = self.node
+        return ForwardingService(
+            database=node.database,
+            retrieve=node.retrieve,
+            reader=node.reader,
+            peers=node.peers,
+            sender=PeerSender(node.retrieve, Outgoing(TIMEOUTS), self.aet),
+            clock=node.clock,
+        )
+
+    def jobs_of(self, name: str, kinds: frozenset[str], handler: Follow) -> list[Any]:
+        """Follow the change feed once; return the payloads of the jobs asked for."""
+        asked: list[Any] = []
+
+        def enqueue(_name: str, _key: str, payload: Mapping[str, Any]) -> bool:
+            asked.append(payload)
+            return True
+
+        while Relay(self.node.database).tick():
+            pass
+        self.node.feed.follow(name, handler(enqueue), kinds=kinds)
+        return asked
+
+    def settle_and_forward(self) -> list[dict[str, int]]:
+        """Settle every study, do the jobs that follow; return what they did."""
+        with self.node.database.read() as connection:
+            studies = connection.scalars(select(Study.study_instance_uid)).all()
+        for uid in studies:
+            self.node.settling.settle(ADMIN, uid)
+        service = self.forwarding()
+        jobs = self.jobs_of(FOLLOWER, KINDS, service.follower)
+        done = [service.work(payload) for payload in jobs]
+        return [{name: one[name] for name in ("sent", "kept_back")} for one in done]
+
+    def commitment_key(self, transaction_uid: str) -> int:
+        """Return the key of the only request with this Transaction UID."""
+        with self.node.database.read() as connection:
+            return connection.execute(
+                select(CommitmentRequest.id).where(
+                    CommitmentRequest.transaction_uid == transaction_uid
+                )
+            ).scalar_one()
+
+    def check_commitment(self, transaction_uid: str) -> Report:
+        """Check a request as the worker does; return the result."""
+        report = self.commitment.check(self.commitment_key(transaction_uid))
+        assert report is not None
+        return report
 
     @contextmanager
     def listening(self) -> Iterator[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from pydicom import dcmread
+from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
 from pacs.dimse import pdu
@@ -205,6 +206,7 @@ class PyScp:
         self.title = title
         self.received: list[Received] = []
         self.associations = 0
+        self.open = 0
         self._status = status
         self.entity = AE(ae_title=title)
         self.entity.require_called_aet = require_called_ae
@@ -221,6 +223,7 @@ class PyScp:
             evt_handlers=[
                 (evt.EVT_C_STORE, self._store),
                 (evt.EVT_ACCEPTED, self._count),
+                (evt.EVT_CONN_CLOSE, self._closed),
             ],
         )
         self.port = server.socket.getsockname()[1]
@@ -231,6 +234,10 @@ class PyScp:
 
     def _count(self, _event: evt.Event) -> None:
         self.associations += 1
+        self.open += 1
+
+    def _closed(self, _event: evt.Event) -> None:
+        self.open -= 1
 
     def _store(self, event: evt.Event) -> int:
         request = event.request
@@ -250,3 +257,41 @@ class PyScp:
             )
         )
         return self._status(len(self.received) - 1)
+
+
+class EventScp:
+    """A modality that takes results of storage commitment on a second association.
+
+    Attributes
+    ----------
+    status : int
+        What it answers.
+    events : list of (event type, event information)
+    """
+
+    def __init__(self, title: str = "MODALITY") -> None:
+        self.title = title
+        self.status = 0x0000
+        self.events: list[tuple[int, Dataset]] = []
+        self.entity = AE(ae_title=title)
+        self.entity.add_supported_context(
+            "1.2.840.10008.1.20.1", scu_role=True, scp_role=True
+        )
+        self.port = 0
+
+    @contextmanager
+    def running(self) -> Iterator[Self]:
+        server = self.entity.start_server(
+            ("127.0.0.1", 0),
+            block=False,
+            evt_handlers=[(evt.EVT_N_EVENT_REPORT, self._take)],
+        )
+        self.port = server.socket.getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.shutdown()
+
+    def _take(self, event: evt.Event) -> tuple[int, Dataset | None]:
+        self.events.append((event.event_type, event.event_information))
+        return self.status, None
