@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from gateway import cli
-from storage.kernel.settings import load_settings
+from storage.kernel.settings import Settings, load_settings
 from tests.support import dcmtk
 from tests.support.datasets import ct_slice, part10
 from tests.support.node import RunningNode
@@ -29,6 +30,7 @@ EVERY_PAGE = sorted(
     )
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+TOML = re.compile(r"```toml\n(.*?)```", re.DOTALL)
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 
 
@@ -113,6 +115,12 @@ def test_settings_of_the_readme_are_accepted(page: Path) -> None:
 
     assert settings.objects.kind == "s3"
     assert not settings.embedded
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=name_of)
+def test_settings_files_of_a_page_are_accepted(page: Path) -> None:
+    for block in TOML.findall(page.read_text("utf-8")):
+        Settings.model_validate(tomllib.loads(block))
 
 
 @pytest.mark.parametrize("page", READMES, ids=name_of)
