@@ -1,0 +1,1 @@
+"""Huying beside Orthanc and DCMTK: the same data, the same clients, one run."""
