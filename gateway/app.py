@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,27 +30,49 @@ import viewer.app
 from gateway import metrics, pages
 from gateway.http import api, application, health
 from gateway.worker import Follower, Loop, Worker, standard_loops, stop_on_signal
+from pacs.dimse.association import Handler
+from pacs.dimse.command import CommandField
+from pacs.dimse.commit import CommitHandler, ReportSender
 from pacs.dimse.counts import AssociationCounts
+from pacs.dimse.deliver import Outgoing, PeerSender
+from pacs.dimse.dial import Timeouts, client_tls
+from pacs.dimse.find import FindHandler
+from pacs.dimse.get import GetHandler
+from pacs.dimse.move import MoveHandler
+from pacs.dimse.server import DimseServer
 from pacs.imaging.codecs import DecoderPool
+from pacs.services import commitment as commitment_service
+from pacs.services import forwarding as forwarding_service
+from pacs.services import sealing as sealing_service
+from pacs.services import settling as settling_service
+from pacs.services.commitment import CommitmentService
 from pacs.services.deletion import DeletionService
 from pacs.services.describe import Rules
+from pacs.services.erasure import Erasure
+from pacs.services.forwarding import ForwardingService
 from pacs.services.ingest import IngestService
+from pacs.services.packbook import PackBook
 from pacs.services.peers import PeerService
 from pacs.services.policy import AccessPolicy
 from pacs.services.query import QueryService
+from pacs.services.recovery import Recovery
+from pacs.services.retirement import Retirement
 from pacs.services.retrieve import RetrieveService
+from pacs.services.sealing import Sealing
 from pacs.services.settling import Settling
-from pacs.web import search, store
+from pacs.web import delete, retrieve, search, store
 from pacs.web.intake import Intake
+from pacs.web.routes import DICOMWEB as DICOMWEB_ROUTERS
+from pacs.web.routes import REST as REST_ROUTERS
 from storage import activity
 from storage.db.engine import Database
-from storage.jobs.runner import JobRunner
+from storage.jobs.runner import JobRunner, Retry
 from storage.kernel.clock import SystemClock
-from storage.kernel.errors import DependencyDown
+from storage.kernel.errors import DependencyDown, Unavailable
 from storage.kernel.settings import Settings
 from storage.objects.files import FileObjectStore
 from storage.objects.protocol import ObjectStore
-from storage.outbox import ChangeFeed
+from storage.outbox import ChangeFeed, Event
 from storage.packs.reader import PackReader
 from storage.packs.writer import PackWriter
 from viewer.activity import ArchiveActivity
@@ -63,6 +86,10 @@ DICOMWEB = "/dicom-web"
 DRAIN_SECONDS = 15
 #: How often the worker looks at queues, lags and free space for `/metrics`.
 GAUGE_SECONDS = 10.0
+#: How often a process looks after the rows of its own packs.
+BOOK_SECONDS = 2.0
+#: How long a peer, or the object store, may be away before a job is given up.
+DELIVERY_DAYS = 7
 
 
 @dataclass(slots=True)
@@ -84,11 +111,13 @@ class Node:
     peers: PeerService
     policy: AccessPolicy
     decoders: DecoderPool
+    book: PackBook
 
     def close(self) -> None:
         """Close packs, decoders and connections; nothing is lost without it."""
         self.decoders.close()
         self.packs.close()
+        self.book.flush()
         self.reader.close()
         self.database.close()
 
@@ -119,11 +148,13 @@ def open_node(settings: Settings) -> Node:
     """Build the services of this process; the index must be current."""
     clock = SystemClock()
     database = Database(settings.database_url(), pool_size=settings.database.pool_size)
+    book = PackBook(database)
     packs = PackWriter(
         pack_folder(settings),
         roll_bytes=settings.packs.roll_bytes,
         sync=settings.packs.sync,
         min_free_bytes=settings.packs.min_free_bytes,
+        on_closed=book.closed,
     )
     objects = open_objects(settings)
     reader = PackReader(pack_folder(settings), objects)
@@ -168,6 +199,7 @@ def open_node(settings: Settings) -> Node:
         peers=peers,
         policy=policy,
         decoders=decoders,
+        book=book,
     )
 
 
@@ -185,15 +217,48 @@ def rules(settings: Settings) -> Rules:
 
 @contextmanager
 def _opened(settings: Settings) -> Iterator[Node]:
+    """Yield the services of a process that runs until it is told to stop."""
     node = open_node(settings)
+    stop = threading.Event()
+    keeper = threading.Thread(
+        target=_keep_book, args=(node, stop), name="packbook", daemon=True
+    )
+    keeper.start()
     try:
         yield node
     finally:
+        stop.set()
+        keeper.join()
         node.close()
+
+
+def _keep_book(node: Node, stop: threading.Event) -> None:
+    """Keep the rows of this process' packs in step with its files."""
+    while not stop.wait(BOOK_SECONDS):
+        try:
+            node.book.tick(node.packs)
+        except Unavailable as error:
+            log.warning("pack book: %s", error, extra={"event": "packbook.failed"})
+
+
+def recovery(node: Node) -> Recovery:
+    """Return what brings packs of dead processes and the index together."""
+    return Recovery(
+        database=node.database,
+        ingest=node.ingest,
+        packs=node.packs,
+        node_id=node.settings.node.id,
+        deletions=node.deletion,
+    )
 
 
 def prepare(settings: Settings) -> None:
     """Bring packs and index together after whatever ended the last run."""
+    node = open_node(settings)
+    try:
+        recovery(node).run()
+    finally:
+        node.close()
 
 
 def run_web(settings: Settings, listener: socket.socket, _slot: int) -> None:
@@ -269,17 +334,19 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
         return node.policy.current_user()
 
     return application.build(
-        routers={
-            DICOMWEB: search.router,
-            f"{DICOMWEB} ": store.router,
-            "": api.router,
-            " ": health.router,
-            "  ": viewer.app.router,
-        },
+        routers=[
+            *((DICOMWEB, router) for router in DICOMWEB_ROUTERS),
+            *((api.PREFIX, router) for router in REST_ROUTERS),
+            (api.PREFIX, api.router),
+            ("", health.router),
+            ("", viewer.app.router),
+        ],
         dependencies={
             pacs.web.dependencies.current_actor: current_actor,
             pacs.web.dependencies.access_policy: given(node.policy),
             pacs.web.dependencies.base_url: given(base),
+            delete.deletion_service: given(node.deletion),
+            retrieve.retrieve_service: given(node.retrieve),
             search.query_service: given(node.query),
             store.intake: given(intake),
             api.current_actor: current_actor,
@@ -329,25 +396,28 @@ def run_dimse(
     slot: int,
 ) -> None:
     """Be one DICOM process until SIGTERM."""
-    from pacs.dimse.association import Handler
-    from pacs.dimse.command import CommandField
-    from pacs.dimse.get import GetHandler
-    from pacs.dimse.move import MoveHandler
-    from pacs.dimse.server import DimseServer
-
     stop = stop_on_signal()
     with _opened(settings) as node:
+        limits = settings.limits
         handlers: dict[int, Handler] = {
+            CommandField.C_FIND_RQ: FindHandler(node.query, node.policy, limits),
             CommandField.C_GET_RQ: GetHandler(
-                node.retrieve, node.policy, settings.limits, settings.dimse.read_seconds
+                node.retrieve, node.policy, limits, settings.dimse.read_seconds
             ),
             CommandField.C_MOVE_RQ: MoveHandler(
-                node.retrieve, node.policy, settings.limits, our_aes(settings)
+                node.retrieve,
+                node.policy,
+                limits,
+                our_aes(settings),
+                _outgoing(settings),
+            ),
+            CommandField.N_ACTION_RQ: CommitHandler(
+                commitment(node), node.policy, node.peers, limits
             ),
         }
         server = DimseServer(
             settings=settings.dimse,
-            limits=settings.limits,
+            limits=limits,
             policy=node.policy,
             ingest=node.ingest,
             handlers=handlers,
@@ -358,18 +428,31 @@ def run_dimse(
         server.serve(listener, tls_listener, stop)
 
 
+def _outgoing(settings: Settings) -> Outgoing:
+    """Return how this node opens associations; TLS as its own listener has it."""
+    dimse = settings.dimse
+    return Outgoing(Timeouts.for_settings(dimse), client_tls(dimse.tls))
+
+
+def commitment(node: Node) -> CommitmentService:
+    """Return the storage commitment service."""
+    return CommitmentService(
+        database=node.database, retrieve=node.retrieve, clock=node.clock
+    )
+
+
 def run_worker(settings: Settings, slot: int) -> None:
     """Be the worker until SIGTERM."""
     stop = stop_on_signal()
     with _opened(settings) as node:
         jobs = JobRunner(settings.jobs_url(), slot=f"worker-{slot + 1}")
-        followers: list[Follower] = []
+        followers, ticks = _background(node, jobs)
         loops = standard_loops(
             database=node.database,
             feed=node.feed,
             clock=node.clock,
             followers=followers,
-            ticks={"settle": node.settling.tick},
+            ticks=ticks,
             jobs=jobs,
             event_days=settings.worker.event_days,
             job_days=settings.worker.job_days,
@@ -379,6 +462,97 @@ def run_worker(settings: Settings, slot: int) -> None:
             Loop("gauges", partial(_gauge, node, jobs, followers), GAUGE_SECONDS)
         )
         Worker(loops, jobs, metrics.LoopMetrics()).run(stop)
+
+
+def _background(
+    node: Node, jobs: JobRunner
+) -> tuple[list[Follower], dict[str, Callable[[], int]]]:
+    """Register the jobs of the worker; return its followers and its ticks."""
+    settings = node.settings
+    folder, node_id = pack_folder(settings), settings.node.id
+    outgoing = _outgoing(settings)
+    retirement = Retirement(
+        database=node.database,
+        packs=node.packs,
+        reader=node.reader,
+        objects=node.objects,
+        clock=node.clock,
+        node_id=node_id,
+        grace_seconds=settings.packs.seal_grace_seconds,
+    )
+    erasure = Erasure(
+        database=node.database,
+        reader=node.reader,
+        objects=node.objects,
+        retirement=retirement,
+        clock=node.clock,
+        folder=folder,
+        node_id=node_id,
+        min_free_bytes=settings.packs.min_free_bytes,
+    )
+    sealing = Sealing(
+        database=node.database,
+        reader=node.reader,
+        objects=node.objects,
+        retirement=retirement,
+        clock=node.clock,
+        folder=folder,
+        node_id=node_id,
+        pack_bytes=settings.packs.roll_bytes,
+        min_free_bytes=settings.packs.min_free_bytes,
+    )
+    forwarding = ForwardingService(
+        database=node.database,
+        retrieve=node.retrieve,
+        reader=node.reader,
+        peers=node.peers,
+        sender=PeerSender(node.retrieve, outgoing, settings.dimse.aet),
+        clock=node.clock,
+    )
+    committing = commitment(node)
+    for_days = Retry(give_up_seconds=DELIVERY_DAYS * 86_400)
+    jobs.register(forwarding_service.JOB, forwarding.work, retry=for_days)
+    jobs.register(
+        commitment_service.JOB,
+        committing.worker(ReportSender(node.peers, outgoing)),
+        retry=for_days,
+    )
+    followers = [
+        Follower(
+            "metadata",
+            partial(_prepare_metadata, node.retrieve),
+            frozenset({settling_service.SETTLED}),
+        ),
+        Follower(
+            forwarding_service.FOLLOWER,
+            forwarding.follower(jobs.enqueue),
+            forwarding_service.KINDS,
+        ),
+        Follower(
+            commitment_service.FOLLOWER,
+            committing.follower(jobs.enqueue),
+            commitment_service.KINDS,
+        ),
+    ]
+    if settings.packs.seal:
+        jobs.register(sealing.job, sealing.seal, concurrency=1, retry=for_days)
+        followers.append(
+            Follower(
+                sealing.job, partial(sealing.follow, jobs=jobs), sealing_service.KINDS
+            )
+        )
+    ticks = {
+        "settle": node.settling.tick,
+        "recover": recovery(node).tick,
+        "retire": retirement.tick,
+        "erase": erasure.tick,
+    }
+    return followers, ticks
+
+
+def _prepare_metadata(retrieve: RetrieveService, event: Event) -> None:
+    """Build what WADO-RS metadata requests of a settled study will ask for."""
+    retrieve.prepare_metadata(str(event.payload["study"]), event.tenant)
 
 
 def _count_arrivals(feed: ChangeFeed) -> int:

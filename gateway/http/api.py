@@ -14,7 +14,8 @@ from storage.kernel.errors import InvalidParameter, TooLarge
 from storage.kernel.types import Actor
 from storage.outbox import ChangePage
 
-router = APIRouter(prefix="/api/v1", tags=["node"])
+PREFIX = "/api/v1"
+router = APIRouter(tags=["node"])
 
 MAX_CHANGES = 1000
 MAX_BODY = 64 * 1024

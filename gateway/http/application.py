@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def build(
     *,
-    routers: Mapping[str, APIRouter],
+    routers: Iterable[tuple[str, APIRouter]],
     dependencies: Mapping[Callable[..., Any], Callable[..., Any]],
     version: str,
     open_access: bool,
@@ -30,8 +30,8 @@ def build(
 
     Parameters
     ----------
-    routers : mapping of prefix to router
-        In order; several routers of one prefix have keys with trailing spaces cut.
+    routers : iterable of (prefix, router)
+        Asked in this order.
     dependencies : mapping
         Declared dependency to what replaces it.
     open_access : bool
@@ -45,8 +45,8 @@ def build(
         redoc_url=None,
         redirect_slashes=False,
     )
-    for prefix, router in routers.items():
-        app.include_router(router, prefix=prefix.rstrip())
+    for prefix, router in routers:
+        app.include_router(router, prefix=prefix)
     app.dependency_overrides.update(dependencies)
     handlers: Mapping[type[Exception], ExceptionHandler] = {
         ImagingError: _ours,
