@@ -183,14 +183,19 @@ class Life:
         )
 
     def store(
-        self, ds: Dataset, *, tenant: str = "default", origin: str = "external"
+        self,
+        ds: Dataset,
+        *,
+        tenant: str = "default",
+        origin: str = "external",
+        syntax: str = ExplicitVRLittleEndian,
     ) -> Accepted:
-        data = dataset_bytes(part10(ds))
+        data = dataset_bytes(part10(ds, syntax))
         return self.ingest.accept(
             Arrival(
                 admin(tenant),
                 Source(Door.DIMSE, calling_ae="CT1", origin=origin),
-                ExplicitVRLittleEndian,
+                syntax,
                 memoryview(data),
                 Digest(hashlib.sha256(data).digest()),
             )
