@@ -22,6 +22,7 @@ _UNSIGNED_SHORTS = (SAMPLES_PER_PIXEL, ROWS, COLUMNS, BITS_ALLOCATED)
 
 _DATE = re.compile(rb"(\d{4})\.?(0[1-9]|1[0-2])\.?(0[1-9]|[12]\d|3[01])[ \0]*\Z")
 _TIME = re.compile(rb"([01]\d|2[0-3])(:?[0-5]\d(:?([0-5]\d|60)(\.\d{1,6})?)?)?[ \0]*\Z")
+_DECIMAL = re.compile(rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})? *\Z")
 _INTEGER = re.compile(rb" *[+-]?\d{1,10} *\0?\Z")
 
 #: (tags, form of one value, what is said of others).
@@ -34,6 +35,10 @@ _FORMS = (
     ((0x00080030, 0x00080033, 0x00400245), _TIME, "not a time"),
     ((0x00200011, 0x00200013), _INTEGER, "not an integer string"),
 )
+#: Decimal strings that place and scale pixels (PS3.3 C.7.6.2, C.11.1).
+_DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053)
+#: PS3.5 6.2: a DS value has at most 16 bytes.
+_DECIMAL_BYTES = 16
 
 
 def implausible(found: Scan) -> list[tuple[int, str]]:
@@ -51,6 +56,10 @@ def implausible(found: Scan) -> list[tuple[int, str]]:
                 continue
             if not form.match(raw) or (form is _DATE and not is_calendar_day(raw)):
                 warnings.append((tag, reason))
+    for tag in _DECIMALS:
+        raw = values.get(tag)
+        if raw and not _are_decimals(raw):
+            warnings.append((tag, "not decimal strings"))
     if found.pixel is not None:
         _check_pixels(found, found.pixel, warnings)
     return warnings
@@ -68,6 +77,15 @@ def is_calendar_day(raw: bytes) -> bool:
         leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
         return day == 29 and leap
     return day <= 30 or month in {1, 3, 5, 7, 8, 10, 12}
+
+
+def _are_decimals(raw: bytes) -> bool:
+    values = raw.rstrip(b" \0").split(b"\\")
+    if not values[-1] and len(values) == 1:
+        return True
+    return all(
+        len(value) <= _DECIMAL_BYTES and _DECIMAL.match(value) for value in values
+    )
 
 
 def _check_pixels(

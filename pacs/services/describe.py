@@ -42,6 +42,15 @@ INSTANCE_UID = 0x00080018
 STUDY_UID = 0x0020000D
 SERIES_UID = 0x0020000E
 PATIENT_ID = 0x00100020
+ISSUER = 0x00100021
+CHARSET = 0x00080005
+
+#: Longer Patient IDs are kept with a warning (PS3.5 6.2: LO) …
+PATIENT_ID_CHARS = 64
+#: … and such are no identifiers.
+MAX_PATIENT_ID_CHARS = 256
+#: Characters of any other value that the index keeps.
+INDEXED_CHARS = 512
 
 #: Bits of `instance.flags` and `study.flags`; `FLAG_OWN` is another.
 FLAG_NO_PATIENT_ID = 1
@@ -110,10 +119,17 @@ def describe(
         _agree(study_uid, study, STUDY_UID)
     if not sopclasses.is_storage(class_uid):
         raise UnsupportedSopClass("SOP class (0008,0016) is not stored here")
-    charset = decoder(bytes(values.get(0x00080005, b"")))
+    charset = decoder(bytes(values.get(CHARSET, b"")))
     patient_id = _text(values, PATIENT_ID, charset)
-    issuer = _text(values, 0x00100021, charset)
+    issuer = _text(values, ISSUER, charset)
     warnings = [Warned(tag, reason) for tag, reason in found.warnings]
+    if charset.warning:
+        warnings.append(Warned(CHARSET, charset.warning))
+    for tag, value in ((PATIENT_ID, patient_id), (ISSUER, issuer)):
+        if len(value) > MAX_PATIENT_ID_CHARS:
+            raise IdentityMismatch("far too long:", tag)
+        if len(value) > PATIENT_ID_CHARS:
+            warnings.append(Warned(tag, "longer than 64 characters"))
     flags = 0
     if not patient_id:
         if rules.require_patient_id:
@@ -135,7 +151,7 @@ def describe(
         sop_instance_uid=instance_uid,
         sop_class_uid=class_uid,
         transfer_syntax_uid=syntax_uid,
-        modality=_text(values, 0x00080060, charset),
+        modality=_text(values, 0x00080060, charset)[:INDEXED_CHARS],
         instance_number=_integer(values, 0x00200013),
         rows=_unsigned(values, 0x00280010, found),
         columns=_unsigned(values, 0x00280011, found),
@@ -248,6 +264,11 @@ def _time(text: str) -> str | None:
     return text
 
 
+def _searched(text: str) -> str:
+    """Return the searched form of a name; folding can make it longer."""
+    return normalise(text)[:INDEXED_CHARS]
+
+
 def _parents(
     key: ParentKey,
     values: Mapping[int, Any],
@@ -259,7 +280,7 @@ def _parents(
     """Decode the columns of patient, study and series."""
 
     def text(tag: int, vr: str = "LO") -> str:
-        return _text(values, tag, charset, vr)
+        return _text(values, tag, charset, vr)[:INDEXED_CHARS]
 
     name = text(0x00100010, "PN")
     groups = split_person_name(name)
@@ -274,7 +295,7 @@ def _parents(
         "issuer": issuer,
         "patient_id": key.patient_id,
         "patient_name": name,
-        "name_search": normalise(name),
+        "name_search": _searched(name),
         "birth_date": _date(birth),
         "sex": sex,
         "created_us": now,
@@ -288,14 +309,14 @@ def _parents(
         "study_id": text(0x00200010),
         "study_description": text(0x00081030),
         "referring_physician_name": referring,
-        "referring_search": normalise(referring),
+        "referring_search": _searched(referring),
         "timezone_offset": text(0x00080201)[:16],
         "patient_id": key.patient_id,
         "issuer": key.issuer,
         "patient_name": name,
-        "name_alphabetic": normalise(groups[0]),
-        "name_ideographic": normalise(groups[1]),
-        "name_phonetic": normalise(groups[2]),
+        "name_alphabetic": _searched(groups[0]),
+        "name_ideographic": _searched(groups[1]),
+        "name_phonetic": _searched(groups[2]),
         "name_pinyin": pinyin_keys(name),
         "birth_date": _date(birth),
         "sex": sex,
