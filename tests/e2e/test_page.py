@@ -103,7 +103,7 @@ def test_an_empty_archive_says_how_to_send(
     )
 
     expect(page.locator(".state code")).to_have_text(
-        "storescu -aec HUYING 127.0.0.1 11112 +sd +r ./dicom"
+        "dcmsend -aec HUYING 127.0.0.1 11112 +sd +r ./dicom"
     )
     expect(page.locator("#n-bytes")).to_have_text("0 B")
     assert fits(page)
@@ -454,6 +454,7 @@ def test_values_are_written_as_people_read_them(site: Site, open_page: Opener) -
     assert js("age('20231201', '20240115')") == "1 mo"
     assert js("age('20240101', '20240115')") == "14 d"
     assert js("age('20250101', '20240115')") == ""
+    assert js("age('17890101', '20240115')") == ""
     assert js("age(null, '20240115')") == ""
     assert js("timeOfDay('093015.123')") == "09:30"
     assert js("day('2024')") == ""

@@ -53,6 +53,7 @@ export const TEXTS = {
 };
 
 const MODALITIES = ["CT", "MR", "DX", "CR", "US", "MG", "XA", "NM", "PT", "ES"];
+const MAX_YEARS = 130;
 const PAGE_SIZE = 50;
 // Pages that load by themselves; from then on the button asks.
 const AUTOMATIC_PAGES = 10;
@@ -163,6 +164,8 @@ export function age(born, examined) {
   if (Number.isNaN(from.getTime()) || Number.isNaN(to.getTime()) || to < from) return "";
   let months = (to.getUTCFullYear() - from.getUTCFullYear()) * 12 + to.getUTCMonth() - from.getUTCMonth();
   if (to.getUTCDate() < from.getUTCDate()) months -= 1;
+  // Made-up birth dates are no ages.
+  if (months >= 12 * MAX_YEARS) return "";
   if (months >= 24) return t("years", Math.floor(months / 12));
   return months >= 1 ? t("months", months) : t("days", Math.round((to - from) / 86400000));
 }
@@ -380,7 +383,8 @@ function paintEmpty() {
     $("state").append(element("h2", { text: t("noMatchTitle") }), element("p", { text: t("noMatchText") }));
     return;
   }
-  const command = `storescu ${dicomAddress()} +sd +r ./dicom`;
+  // Unlike storescu with its defaults, dcmsend sends compressed images as they are.
+  const command = `dcmsend ${dicomAddress()} +sd +r ./dicom`;
   $("state").append(
     element("h2", { text: t("emptyTitle") }),
     element("p", { text: t("emptyText") }),
