@@ -23,6 +23,7 @@ from pacs.dimse.send import (
     RemoteChannel,
     Source,
     SourceFailed,
+    T,
     is_warning,
     plan,
     send_all,
@@ -34,11 +35,11 @@ from pacs.services.policy import KnownPeer
 
 
 def deliver(
-    source: Source,
+    source: Source[T],
     open_association: Callable[[Sequence[Wanted]], RemoteAssociation],
-    instances: Sequence[StoredInstance],
+    instances: Sequence[T],
     *,
-    done: Callable[[StoredInstance, int | None, str], None],
+    done: Callable[[T, int | None, str], None],
     proceed: Callable[[], bool],
     originator: tuple[str, int] | None = None,
 ) -> None:
@@ -107,7 +108,7 @@ class Outgoing:
 class PeerSender:
     """Sends studies for the forwarding service."""
 
-    source: Source
+    source: Source[StoredInstance]
     outgoing: Outgoing
     calling_ae: str
 

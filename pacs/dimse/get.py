@@ -13,9 +13,8 @@ from pacs.dimse.client import Offer
 from pacs.dimse.command import CommandField
 from pacs.dimse.pdu import AbortReason, ProtocolError
 from pacs.dimse.selection import select, selection
-from pacs.dimse.send import SourceFailed, send_all
+from pacs.dimse.send import Sendable, SourceFailed, send_all
 from pacs.dimse.suboperations import Progress, refuse
-from pacs.domain.study import StoredInstance
 from pacs.imaging.sopclasses import is_storage
 from pacs.services.policy import AccessPolicy, Action
 from pacs.services.retrieve import RetrieveService
@@ -85,9 +84,7 @@ class _Channel:
             if context.as_scu and is_storage(context.abstract_syntax)
         ]
 
-    def begin(
-        self, instance: StoredInstance, chunks: Iterable[bytes], offer: Offer
-    ) -> int:
+    def begin(self, instance: Sendable, chunks: Iterable[bytes], offer: Offer) -> int:
         number = self._association.next_message_id()
         if number == self._request_id:
             # The requestor could not tell the two apart by Message ID alone.

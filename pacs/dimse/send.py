@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from pacs.dimse import command as cmd
 from pacs.dimse.client import Offer, RemoteAssociation, Wanted
 from pacs.dimse.command import Value
 from pacs.dimse.pdu import MAX_CONTEXTS
 from pacs.dimse.status import Status
-from pacs.domain.study import ByteStream, StoredInstance
+from pacs.domain.study import ByteStream
 from pacs.imaging.syntaxes import EXPLICIT_VR_LE, IMPLICIT_VR_LE
 from storage.kernel.errors import ImagingError
 
@@ -29,14 +29,29 @@ NO_CONTEXT = "no suitable presentation context"
 UNREADABLE = "cannot be read or converted"
 
 
-class Source(Protocol):
-    """Where instances are read: the retrieve service."""
+class Sendable(Protocol):
+    """What must be known of an instance to send it."""
 
-    def can_send_as(self, instance: StoredInstance, transfer_syntax_uid: str) -> bool:
+    @property
+    def sop_class_uid(self) -> str: ...
+    @property
+    def sop_instance_uid(self) -> str: ...
+    @property
+    def transfer_syntax_uid(self) -> str: ...
+
+
+T = TypeVar("T", bound=Sendable)
+T_contra = TypeVar("T_contra", bound=Sendable, contravariant=True)
+
+
+class Source(Protocol[T_contra]):
+    """Where instances are read: the retrieve service, or files."""
+
+    def can_send_as(self, instance: T_contra, transfer_syntax_uid: str) -> bool:
         """Tell whether the instance can leave in that transfer syntax."""
         ...
 
-    def dataset(self, instance: StoredInstance, transfer_syntax_uid: str) -> ByteStream:
+    def dataset(self, instance: T_contra, transfer_syntax_uid: str) -> ByteStream:
         """Return the data set without File Meta."""
         ...
 
@@ -49,9 +64,7 @@ class Channel(Protocol):
         """Accepted contexts, the peer's order of preference."""
         ...
 
-    def begin(
-        self, instance: StoredInstance, chunks: Iterable[bytes], offer: Offer
-    ) -> int:
+    def begin(self, instance: Sendable, chunks: Iterable[bytes], offer: Offer) -> int:
         """Send the request; return its Message ID."""
         ...
 
@@ -71,9 +84,7 @@ class RemoteChannel:
     def offers(self) -> Sequence[Offer]:
         return self.association.offers
 
-    def begin(
-        self, instance: StoredInstance, chunks: Iterable[bytes], offer: Offer
-    ) -> int:
+    def begin(self, instance: Sendable, chunks: Iterable[bytes], offer: Offer) -> int:
         return self.association.begin_store(
             instance.sop_instance_uid,
             instance.sop_class_uid,
@@ -104,9 +115,7 @@ class Tally:
     def remaining(self) -> int:
         return self.total - self.completed - self.failed - self.warning
 
-    def count(
-        self, instance: StoredInstance, status: int | None, reason: str = ""
-    ) -> None:
+    def count(self, instance: Sendable, status: int | None, reason: str = "") -> None:
         """Note how one sub-operation ended (PS3.4 B.2.3); None: it was not sent."""
         if status == Status.SUCCESS:
             self.completed += 1
@@ -115,12 +124,12 @@ class Tally:
         else:
             self.fail(instance, reason or f"C-STORE status {status:04X}")
 
-    def fail(self, instance: StoredInstance, reason: str) -> None:
+    def fail(self, instance: Sendable, reason: str) -> None:
         """Note an instance that was not sent; the first reason is kept."""
         self.failed_uids.append(instance.sop_instance_uid)
         self.reason = self.reason or reason
 
-    def fail_all(self, instances: Iterable[StoredInstance], reason: str) -> None:
+    def fail_all(self, instances: Iterable[Sendable], reason: str) -> None:
         """Note instances that will not be sent."""
         for instance in instances:
             self.fail(instance, reason)
@@ -153,8 +162,8 @@ def is_warning(status: int) -> bool:
 
 
 def plan(
-    instances: Sequence[StoredInstance],
-) -> Iterator[tuple[list[StoredInstance], list[Wanted]]]:
+    instances: Sequence[T],
+) -> Iterator[tuple[list[T], list[Wanted]]]:
     """Yield the instances of each association, and the contexts to propose for them.
 
     For each SOP class one context per stored transfer syntax, then the fallbacks, so
@@ -184,7 +193,7 @@ def plan(
 
 
 def choose(
-    source: Source, instance: StoredInstance, offers: Mapping[str, Sequence[Offer]]
+    source: Source[T], instance: T, offers: Mapping[str, Sequence[Offer]]
 ) -> Offer | None:
     """Return the context an instance is sent in, or None.
 
@@ -210,10 +219,10 @@ def by_class(offers: Iterable[Offer]) -> dict[str, list[Offer]]:
 
 
 @dataclass(slots=True)
-class _Ready:
+class _Ready(Generic[T]):
     """An instance whose first bytes are in memory, or why it cannot be sent."""
 
-    instance: StoredInstance
+    instance: T
     offer: Offer | None = None
     chunks: Iterator[bytes] = field(default_factory=lambda: iter(()))
     error: str = ""
@@ -224,11 +233,11 @@ class SourceFailed(Exception):
 
 
 def send_all(
-    source: Source,
+    source: Source[T],
     channel: Channel,
-    pending: deque[StoredInstance],
+    pending: deque[T],
     *,
-    done: Callable[[StoredInstance, int | None, str], None],
+    done: Callable[[T, int | None, str], None],
     proceed: Callable[[], bool],
 ) -> None:
     """Send instances from the left of `pending`, each removed once it is dealt with.
@@ -249,7 +258,7 @@ def send_all(
         The peer failed; the first of `pending` was in flight.
     """
     offers = by_class(channel.offers)
-    ready: _Ready | None = None
+    ready: _Ready[T] | None = None
     while pending and proceed():
         current = ready or _prepare(source, pending[0], offers)
         ready = None
@@ -265,8 +274,8 @@ def send_all(
 
 
 def _prepare(
-    source: Source, instance: StoredInstance, offers: Mapping[str, Sequence[Offer]]
-) -> _Ready:
+    source: Source[T], instance: T, offers: Mapping[str, Sequence[Offer]]
+) -> _Ready[T]:
     """Read the first chunk: what cannot be read or converted shows before sending."""
     offer = choose(source, instance, offers)
     if offer is None:
