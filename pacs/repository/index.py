@@ -127,10 +127,18 @@ class StaleIndex(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the index knows of a SOP Instance UID; `digest` is empty without a row."""
+    """What the index knows of a SOP Instance UID.
+
+    Attributes
+    ----------
+    digest : bytes
+        Empty without a row.
+    until_us : int
+        When the row was received, or the last one before it deleted.
+    """
 
     digest: bytes
-    deleted_us: int
+    until_us: int
 
 
 @dataclass(slots=True)
@@ -175,15 +183,16 @@ class IndexWriter:
         run = self._runner(connection)
         found = {}
         for tenant, uid in keys:
-            digest, deleted_us = run(
-                "SELECT (SELECT digest FROM instance"
-                " WHERE tenant=? AND sop_instance_uid=?),"
-                " (SELECT max(deleted_us) FROM deletion"
-                " WHERE tenant=? AND sop_instance_uid=?)",
+            digest, received_us, deleted_us = run(
+                "SELECT digest, received_us, (SELECT max(deleted_us) FROM deletion"
+                " WHERE tenant=? AND sop_instance_uid=?)"
+                " FROM (SELECT 1) AS asked LEFT JOIN instance"
+                " ON tenant=? AND sop_instance_uid=?",
                 (tenant, uid, tenant, uid),
             ).fetchone()
             if digest is not None or deleted_us is not None:
-                found[tenant, uid] = Held(bytes(digest or b""), deleted_us or 0)
+                until_us = max(received_us or 0, deleted_us or 0)
+                found[tenant, uid] = Held(bytes(digest or b""), until_us)
         return found
 
     def is_deleted(self, connection: Connection, row: InstanceRow) -> bool:

@@ -49,6 +49,8 @@ from storage.packs.writer import LargeRecord, PackWriter, pack_path
 
 log = logging.getLogger(__name__)
 
+#: Reason in the tombstone of a record that never made it into the index.
+ORPHAN = "orphan"
 #: Attempts of one group against concurrent writers before it is given up.
 MAX_ATTEMPTS = 8
 #: Records that `reindex` writes in one transaction.
@@ -472,8 +474,8 @@ class IngestService:
                     twins.append((row, first))
                     continue
                 if held is not None and row.location is None:
-                    # Whatever the clock does: received after every deletion.
-                    row.received_us = max(row.received_us, held.deleted_us + 1)
+                    # Whatever the clock does: received after what it follows.
+                    row.received_us = max(row.received_us, held.until_us + 1)
                 try:
                     self._index.check_parents(connection, row)
                 except IdentityMismatch as error:
@@ -534,15 +536,16 @@ class IngestService:
             if found is not None:
                 for one in self.reindex([found]):
                     if one.written is Written.REFUSED:
-                        self._unwritten.append(tombstone(one.info, "orphan"))
+                        self._unwritten.append(tombstone(one.info))
             self._doubtful.pop()
         self._write_tombstones()
 
     def _disown(self, works: Sequence[_Work]) -> None:
-        """Bury records that lost a race, and content that was replaced unnamed.
+        """Bury records that lost a race, and content that was replaced.
 
         A rebuild, which sees only packs, must not bring them back. What cannot be
-        written now is written with the next group.
+        written now is written with the next group; until then the record that
+        replaced other content says so in its header.
         """
         for work in works:
             row, header = work.row, work.header
@@ -551,17 +554,16 @@ class IngestService:
                 continue
             if lost and row.kept_digest != row.digest:
                 self._unwritten.append(
-                    replace(header, digest=row.digest.hex(), origin="orphan")
+                    replace(header, digest=row.digest.hex(), origin=ORPHAN)
                 )
-            elif (
-                row.written is Written.REPLACED
-                and row.kept_digest.hex() != header.digest
-            ):
+            elif row.written is Written.REPLACED:
+                named = row.kept_digest.hex() == header.digest
+                until = row.received_us if named else self._clock.now_us()
                 self._unwritten.append(
                     replace(
                         header,
                         digest=row.kept_digest.hex(),
-                        received_us=self._clock.now_us(),
+                        received_us=max(until, row.received_us),
                         origin="replaced",
                     )
                 )
@@ -592,9 +594,9 @@ def _final(header: RecordHeader, row: InstanceRow) -> RecordHeader:
     )
 
 
-def tombstone(info: RecordInfo, reason: str) -> RecordHeader:
+def tombstone(info: RecordInfo) -> RecordHeader:
     """Return the tombstone of a record that lost against another."""
-    return replace(info.header, digest=info.digest.hex(), origin=reason)
+    return replace(info.header, digest=info.digest.hex(), origin=ORPHAN)
 
 
 def _size(arrival: Arrival) -> int:

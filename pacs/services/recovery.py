@@ -370,7 +370,7 @@ class Recovery:
             if one.written in {Written.ADDED, Written.REPLACED}:
                 done.added += 1
             elif isinstance(one.error, DuplicateInstance | IdentityMismatch):
-                lost.append(tombstone(one.info, "orphan"))
+                lost.append(tombstone(one.info))
             elif one.error is not None:
                 done.report(
                     _about(one.info, "record.refused", one.error.code)
