@@ -71,7 +71,7 @@ class AssociationCounts:
             It only verifies, and may use the reserve.
         """
         mark = _mark(calling_ae)
-        with self._locked():
+        with self.locked():
             cells = self._cells[: self._loads].tolist()
             taken = sum(map(bool, cells))
             if taken >= self._most + (RESERVE if monitor else 0):
@@ -104,13 +104,14 @@ class AssociationCounts:
 
     def reset(self, slot: int) -> None:
         """Forget what a process that died had open."""
-        with self._locked():
+        with self.locked():
             for cell in range(slot * self._width, (slot + 1) * self._width):
                 self._cells[cell] = 0
             self._cells[self._loads + slot] = 0
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Keep the other processes out; ends with the process."""
         with self._threads:
             fcntl.lockf(self._file, fcntl.LOCK_EX)
             try:

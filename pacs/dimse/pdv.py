@@ -214,6 +214,7 @@ class MessageReader:
     ) -> tuple[int, int, int]:
         if size < 2 or size + 4 > self._left:
             raise ProtocolError("a presentation data value does not fit its PDU")
+        self._wire.check()
         self._left -= size + 4
         return size - 2, context_id, flags
 

@@ -82,6 +82,15 @@ class Wire:
         self._what = what
         self._deadline = time.monotonic() + seconds
 
+    def check(self) -> None:
+        """Fail when the timer has run out, also while bytes keep coming.
+
+        Raises
+        ------
+        TimedOut, Stopping
+        """
+        self._tick(interruptible=False)
+
     @property
     def stopping(self) -> bool:
         """Whether this process is told to stop."""
