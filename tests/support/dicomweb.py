@@ -15,8 +15,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from pacs.imaging.codecs import DecoderPool
+from pacs.services.deletion import DeletionService
 from pacs.services.describe import Rules
 from pacs.services.ingest import IngestService
+from pacs.services.policy import AccessPolicy
 from pacs.services.query import QueryService
 from pacs.services.retrieve import RetrieveService
 from pacs.web import delete, dependencies, retrieve, routes, search, store
@@ -28,7 +30,7 @@ from storage.kernel.clock import SystemClock
 from storage.kernel.errors import ImagingError, InvalidParameter
 from storage.kernel.limits import Limits
 from storage.kernel.settings import SyncPolicy
-from storage.kernel.types import DEFAULT_TENANT, Actor, TenantId
+from storage.kernel.types import DEFAULT_TENANT, Actor, Role, TenantId
 from storage.packs.reader import PackReader
 from storage.packs.writer import PackWriter
 from tests.support.waiting import wait_until
@@ -85,14 +87,15 @@ class Archive:
 
 def actor_of(request: Request) -> Actor:
     """Return the actor a test speaks as."""
-    return Actor(TenantId(request.headers.get(TENANT, DEFAULT_TENANT)), "test")
+    tenant = TenantId(request.headers.get(TENANT, DEFAULT_TENANT))
+    return Actor(tenant, "test", roles=frozenset({Role.ADMIN}))
 
 
-class EverythingAllowed:
-    """A policy that never refuses."""
+class NoPeers:
+    """A directory of remote AEs without an entry."""
 
-    def require(self, actor: Actor, action: str) -> None:
-        """Allow."""
+    def find(self, title: str) -> None:
+        return None
 
 
 def application(
@@ -165,10 +168,19 @@ def web_archive(
     limits: Limits | None = None,
     rules: Rules | None = None,
     body_seconds: float = 20,
-    deletion: Any = None,
 ) -> Iterator[WebArchive]:
     """Serve DICOMweb over an archive in `folder`."""
     archive = Archive(folder, limits or Limits(), rules)
+    policy = AccessPolicy(our_aes={}, peers=NoPeers(), open_access=True)
+    deletion = DeletionService(
+        database=archive.database,
+        packs=archive.packs,
+        policy=policy,
+        clock=SystemClock(),
+        node_id="node-1",
+        settle_seconds=60,
+        rewrite_seconds=60,
+    )
     intake = Intake(archive.ingest, archive.limits, body_seconds=body_seconds)
     app = application(
         [
@@ -177,7 +189,7 @@ def web_archive(
         ],
         {
             dependencies.current_actor: _tenant_actor,
-            dependencies.access_policy: given(EverythingAllowed()),
+            dependencies.access_policy: given(policy),
             dependencies.base_url: given(""),
             search.query_service: given(archive.query),
             store.intake: given(intake),
