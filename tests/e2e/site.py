@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastapi import FastAPI, Request
-from starlette.responses import Response
+from fastapi import FastAPI
 
 from gateway import pages
 from pacs.services.query import QueryService
-from pacs.web import dependencies, problems, search
+from pacs.web import dependencies, search
 from storage import activity, outbox
 from storage.db import migrate
 from storage.db.engine import Database
 from storage.kernel.clock import SystemClock
-from storage.kernel.errors import ImagingError
 from storage.kernel.limits import Limits
 from storage.kernel.types import Actor, TenantId
 from storage.outbox import ChangeFeed, NewEvent, Relay
-from tests.support.asgi import serving
+from tests.support.dicomweb import application, serving
 from tests.support.populated import Made, populate
 from viewer import app as page
 from viewer.activity import ArchiveActivity
@@ -55,30 +53,24 @@ class Site:
             pass
 
 
-def _application(database: Database) -> FastAPI:
+def _over(database: Database) -> FastAPI:
     query = QueryService(database=database, limits=Limits())
     directory = pages.StudyDirectory(query)
     source = ArchiveActivity(
         activity.ActivityReader(database, SystemClock()), partial(pages.sums, database)
     )
-    application = FastAPI()
-    application.include_router(page.router)
-    application.include_router(search.router, prefix="/dicom-web")
-    application.dependency_overrides = {
-        page.current_actor: lambda: ACTOR,
-        page.study_directory: lambda: directory,
-        page.activity_source: lambda: source,
-        page.node_card: lambda: page.NodeCard("HUYING", 11112, "0.1.0"),
-        dependencies.current_actor: lambda: ACTOR,
-        search.query_service: lambda: query,
-        dependencies.base_url: lambda: "",
-    }
-
-    def refuse(_request: Request, error: Exception) -> Response:
-        return problems.problem_response(error)
-
-    application.add_exception_handler(ImagingError, refuse)
-    return application
+    return application(
+        [("", page.router), ("/dicom-web", search.router)],
+        {
+            page.current_actor: lambda: ACTOR,
+            page.study_directory: lambda: directory,
+            page.activity_source: lambda: source,
+            page.node_card: lambda: page.NodeCard("HUYING", 11112, "0.1.0"),
+            dependencies.current_actor: lambda: ACTOR,
+            dependencies.base_url: lambda: "",
+            search.query_service: lambda: query,
+        },
+    )
 
 
 @contextmanager
@@ -90,7 +82,7 @@ def served(folder: Path, studies: Sequence[Made] = ()) -> Iterator[Site]:
     if studies:
         populate(database, list(studies))
     try:
-        with serving(_application(database)) as address:
+        with serving(_over(database)) as address:
             yield Site(address, database)
     finally:
         database.close()

@@ -10,13 +10,13 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from fastapi import FastAPI, Request
-from starlette.responses import JSONResponse
+from fastapi import FastAPI
 
 from storage.activity import Activity, Amount
-from storage.kernel.errors import ImagingError, NotAuthenticated
+from storage.kernel.errors import NotAuthenticated
 from storage.kernel.types import Actor, TenantId
-from tests.support.asgi import serving
+from tests.support.dicomweb import application as with_errors
+from tests.support.dicomweb import serving
 from tests.support.web import Response, request
 from viewer import app as page
 from viewer.activity import Report, Totals
@@ -70,22 +70,15 @@ def directory() -> Directory:
 
 @pytest.fixture
 def application(directory: Directory) -> FastAPI:
-    application = FastAPI()
-    application.include_router(page.router)
-    application.dependency_overrides = {
-        page.current_actor: lambda: ACTOR,
-        page.study_directory: lambda: directory,
-        page.activity_source: Counters,
-        page.node_card: lambda: NodeCard('A"<&>', 11112, "0.1.0"),
-    }
-
-    def refuse(_request: Request, error: Exception) -> JSONResponse:
-        status = {"not_found": 404, "not_authenticated": 401}
-        code = getattr(error, "code", "")
-        return JSONResponse({"code": code}, status_code=status.get(code, 400))
-
-    application.add_exception_handler(ImagingError, refuse)
-    return application
+    return with_errors(
+        [("", page.router)],
+        {
+            page.current_actor: lambda: ACTOR,
+            page.study_directory: lambda: directory,
+            page.activity_source: Counters,
+            page.node_card: lambda: NodeCard('A"<&>', 11112, "0.1.0"),
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +263,7 @@ def test_a_malformed_field_is_refused(
 def test_a_field_out_of_range_is_refused(
     client: Client, directory: Directory, query: str
 ) -> None:
-    assert client.get(f"/api/v1/study-list?{query}").status == 422
+    assert client.get(f"/api/v1/study-list?{query}").status == 400
     assert directory.asked == []
 
 

@@ -699,5 +699,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 translate();
+// A browser may bring back what was typed before.
+pressPeriod();
 load();
 poll();
