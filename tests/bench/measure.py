@@ -117,7 +117,8 @@ def clients(server: Server, wanted: list[dict[str, Any]]) -> Sample:
     """Run clients against `server` in a process of their own."""
     before = cpu_seconds(server.pid)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.senders", json.dumps({"clients": wanted})],
+        [sys.executable, "-m", "tests.bench.senders"],
+        input=json.dumps(wanted),
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,8 @@
 """Clients that cost next to nothing, so that the servers are what is measured.
 
 Everything is encoded before the clock starts. Each client runs in a process of its
-own (``python -m tests.bench.senders JSON``) and prints one JSON line.
+own (``python -m tests.bench.senders``, a JSON list on its input) and prints one JSON
+line.
 """
 
 from __future__ import annotations
@@ -360,16 +361,31 @@ class Http:
         return size
 
     def _chunked(self, rest: bytes) -> int:
-        size = len(rest)
-        tail = rest[-5:]
-        while not tail.endswith(b"0\r\n\r\n"):
-            n = self.socket.recv_into(self._buffer)
-            if not n:
-                raise EOFError("the server closed the connection")
-            size += n
-            tail = (tail + bytes(self._buffer[max(0, n - 5) : n]))[-5:]
-        self._ahead = b""
-        return size
+        """Count a chunked body, chunk by chunk."""
+        total = 0
+        while True:
+            while (end := rest.find(b"\r\n")) < 0:
+                rest += self._more()
+            size = int(rest[:end].split(b";")[0], 16)
+            rest = rest[end + 2 :]
+            if not size:
+                while len(rest) < 2:
+                    rest += self._more()
+                self._ahead = rest[2:]
+                return total
+            total += size
+            missing = size + 2 - len(rest)
+            if missing <= 0:
+                rest = rest[size + 2 :]
+                continue
+            self._counted(b"", missing)
+            rest = b""
+
+    def _more(self) -> bytes:
+        data = self.socket.recv(1 << 16)
+        if not data:
+            raise EOFError("the server closed the connection")
+        return data
 
 
 def http(
@@ -413,9 +429,8 @@ CLIENTS: dict[str, Callable[..., Result]] = {
 
 
 def main() -> None:
-    """Run the clients that the argument describes; print their sum."""
-    wanted = json.loads(sys.argv[1])
-    clients: list[dict[str, Any]] = wanted["clients"]
+    """Run the clients that the input describes; print their sum."""
+    clients: list[dict[str, Any]] = json.load(sys.stdin)
     gate = Gate(len(clients))
     answers: multiprocessing.Queue[dict[str, Any] | str] = multiprocessing.Queue()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -93,7 +94,13 @@ class Program:
         log = folder / "log"
         filled = [part.format(port=self.dimse_port, folder=folder) for part in command]
         with log.open("ab") as output:
-            self._process = subprocess.Popen(filled, stdout=output, stderr=output)
+            # DCMTK's tools leave Nagle's algorithm on unless this is set.
+            self._process = subprocess.Popen(
+                filled,
+                stdout=output,
+                stderr=output,
+                env=os.environ | {"TCP_NODELAY": "1"},
+            )
         process.wait_ready(
             self._process,
             lambda: _listens(self._process.pid, self.dimse_port),
