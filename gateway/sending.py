@@ -159,8 +159,6 @@ def send_with_attempts(
     instances: Sequence[T],
     *,
     told: Callable[[T, Fate, str], None],
-    attempts: int = ATTEMPTS,
-    pause_seconds: float = PAUSE_SECONDS,
 ) -> SendReport:
     """Send `instances`; try again what may pass, with pauses that double.
 
@@ -186,9 +184,9 @@ def send_with_attempts(
         told(instance, fate, why)
 
     failure = ""
-    for attempt in range(attempts):
+    for attempt in range(ATTEMPTS):
         if attempt:
-            time.sleep(pause_seconds * 2 ** (attempt - 1))
+            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
         try:
             deliver(
                 source,

@@ -1,0 +1,107 @@
+"""What the directory of remote AEs promises, on both engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pacs.services.peers import PeerService
+from pacs.services.policy import KnownPeer
+from storage.db import migrate
+from storage.db.engine import Database
+from storage.kernel.clock import SystemClock
+from storage.kernel.errors import Conflict, InvalidParameter, NotFound
+from storage.kernel.settings import PeerSettings
+
+CT1 = KnownPeer("CT1", "10.0.0.7", 104, "city-a", frozenset({"store"}), forward=True)
+FIXED = PeerSettings(title="FIXED", host="10.0.0.9", port=104, forward=True)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    migrate.upgrade(database_url)
+    opened = Database(database_url)
+    yield opened
+    opened.close()
+
+
+def directory(database: Database) -> PeerService:
+    return PeerService(database=database, clock=SystemClock(), configured=[FIXED])
+
+
+def test_a_peer_comes_back_as_it_was_put(database: Database) -> None:
+    peers = directory(database)
+
+    peers.put(CT1)
+
+    assert peers.find("CT1") == CT1
+    assert directory(database).find("CT1") == CT1
+    assert [peer.title for peer in peers.list()] == ["CT1", "FIXED"]
+
+
+def test_putting_again_changes(database: Database) -> None:
+    peers = directory(database)
+    peers.put(CT1)
+
+    peers.put(KnownPeer("CT1", "10.0.0.8", 105, "", frozenset()))
+
+    assert peers.find("CT1") == KnownPeer("CT1", "10.0.0.8", 105, "", frozenset())
+    assert len(peers.list()) == 2
+
+
+def test_removing_removes(database: Database) -> None:
+    peers = directory(database)
+    peers.put(CT1)
+
+    peers.remove("CT1")
+
+    assert peers.find("CT1") is None
+    with pytest.raises(NotFound):
+        peers.remove("CT1")
+
+
+def test_the_settings_file_wins(database: Database) -> None:
+    peers = directory(database)
+
+    found = peers.find("FIXED")
+    assert found is not None
+    assert (found.host, found.forward, found.may) == (
+        "10.0.0.9", True, frozenset({"echo", "store"}),
+    )  # fmt: skip
+    with pytest.raises(Conflict):
+        peers.put(KnownPeer("FIXED", "10.0.0.1", 104, "", frozenset()))
+    with pytest.raises(Conflict):
+        peers.remove("FIXED")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("title", {"title": ""}),
+        ("title", {"title": "A" * 17}),
+        ("title", {"title": "A\\B"}),
+        ("title", {"title": "ÄÖ"}),
+        ("title", {"title": " A"}),
+        ("host", {"host": "a b"}),
+        ("host", {"host": "", "port": 104, "forward": False}),
+        ("port", {"port": 65_536}),
+        ("port", {"port": -1}),
+        ("tenant", {"tenant": "a/b"}),
+        ("may", {"may": frozenset({"delete"})}),
+        ("forward", {"port": 0}),
+    ],
+    ids=str,
+)
+def test_a_peer_that_cannot_be_names_the_field(
+    database: Database, field: str, values: dict[str, object]
+) -> None:
+    whole = {
+        "title": "CT1", "host": "h", "port": 104, "tenant": "", "may": frozenset(),
+        "forward": True, **values,
+    }  # fmt: skip
+
+    with pytest.raises(InvalidParameter) as caught:
+        directory(database).put(KnownPeer(**whole))  # type: ignore[arg-type]
+
+    assert caught.value.name == field
