@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version as distribution_version
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gateway.dicom_cli import add_commands as add_dicom_commands
 from storage.kernel.errors import Conflict, ImagingError, InvalidParameter
 from storage.kernel.settings import Settings, load_settings
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from gateway.app import Node
     from gateway.importer import ImportSummary
     from gateway.supervisor import Kind
+    from pacs.services.recovery import Finding
 
 app = typer.Typer(
     name="huying",
@@ -35,6 +37,7 @@ app = typer.Typer(
 peer_app = typer.Typer(help="Remote AEs.", no_args_is_help=True)
 db_app = typer.Typer(help="The index database.", no_args_is_help=True)
 app.add_typer(peer_app, name="peer")
+add_dicom_commands(app, peer_app)
 app.add_typer(db_app, name="db")
 
 Data = Annotated[
@@ -265,6 +268,101 @@ def print_summary(summary: ImportSummary) -> None:
             typer.echo(f"  {count:6}  {reason}", err=True)
     if summary.stopped:
         typer.echo(f"  stopped early: {summary.stopped}", err=True)
+
+
+@app.command()
+def verify(
+    *,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Leave checksums and digests out.")
+    ] = False,
+    rebuild_index: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild-index",
+            help="Empty the index and fill it from the packs; the node must be"
+            " stopped. What packs cannot hold (peers, commitment results, the"
+            " change feed so far) is not brought back.",
+        ),
+    ] = False,
+    data: Data = None,
+    config: Config = None,
+) -> None:
+    """Compare index, packs, object store and digests, in both directions."""
+    settings = settings_for(data, config)
+    if rebuild_index:
+        _rebuild(settings)
+        return
+    from pacs.services.verify import Verifier
+
+    with opened(settings) as node, _progress("verifying") as progress:
+        done = Verifier(
+            database=node.database,
+            folder=node.packs.folder,
+            objects=node.objects,
+            node_id=settings.node.id,
+        ).verify(fast=fast, progress=progress)
+    typer.echo(
+        f"{done.instances} instances, {done.records} records, {done.packs} packs,"
+        f" {done.objects} objects; {done.size_bytes / 1e6:.1f} MB"
+    )
+    if done.elsewhere:
+        typer.echo(f"{done.elsewhere} packs lie on other hosts: verify there too")
+    _print_findings(done.findings, done.n_findings)
+    if not done.is_clean:
+        raise typer.Exit(1)
+    typer.echo("index, packs and objects agree")
+
+
+def _rebuild(settings: Settings) -> None:
+    """Rebuild the index; nobody else may work in the folder meanwhile."""
+    from gateway import supervisor
+    from pacs.services.rebuild import Rebuilder
+
+    with (
+        supervisor.data_lock(settings.data),
+        opened(settings) as node,
+        _progress("rebuilding") as progress,
+    ):
+        done = Rebuilder(
+            database=node.database,
+            folder=node.packs.folder,
+            objects=node.objects,
+            ingest=node.ingest,
+            clock=node.clock,
+            node_id=settings.node.id,
+        ).rebuild(progress=progress)
+    typer.echo(
+        f"{done.instances} instances indexed from {done.records} records of"
+        f" {done.packs} packs; {done.buried} deleted or replaced"
+    )
+    typer.echo(f"the change feed begins anew, as epoch {done.epoch}")
+    _print_findings(done.findings, done.n_findings)
+
+
+def _print_findings(findings: Sequence[Finding], n_findings: int) -> None:
+    for one in findings[:LISTED]:
+        where = f"{one.pack}@{one.offset}" if one.pack else ""
+        parts = (one.kind, one.tenant, one.instance_uid or one.series_uid, where)
+        about = "  ".join(filter(None, (*parts, one.detail)))
+        typer.echo(f"  {about}", err=True)
+    if n_findings > LISTED:
+        typer.echo(f"  and {n_findings - LISTED} more", err=True)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show bytes done of bytes in all, on a terminal."""
+    from rich.progress import DownloadColumn, Progress
+
+    with Progress(
+        *Progress.get_default_columns(),
+        DownloadColumn(),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @app.command()

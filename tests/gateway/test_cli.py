@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from gateway import cli
+from gateway import cli, supervisor
 from gateway.cli import address, settings_for
 from gateway.importer import ImportSummary, Rejected
 from gateway.reference import settings_reference
@@ -166,3 +166,57 @@ def test_doctor_says_which_setting_is_wrong(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "http.prot is not a setting, did you mean http.port?" in result.output
     assert "pacs.decoders: " in result.output
+
+
+def stored(tmp_path: Path) -> Path:
+    """Return a data folder with two stored slices, no node running."""
+    from tests.support.datasets import ct_slice, part10
+
+    files = tmp_path / "files"
+    files.mkdir()
+    for number in (1, 2):
+        (files / f"{number}.dcm").write_bytes(part10(ct_slice(number=number)))
+    assert run("import", files, "--data", tmp_path / "data").exit_code == 0
+    return tmp_path / "data"
+
+
+def test_verify_says_that_everything_agrees(tmp_path: Path) -> None:
+    done = run("verify", "--data", stored(tmp_path))
+
+    assert done.exit_code == 0
+    assert "2 instances" in done.output
+    assert "agree" in done.output
+
+
+def test_verify_names_a_flipped_bit(tmp_path: Path) -> None:
+    data = stored(tmp_path)
+    pack = next(data.rglob("*.pack"))
+    raw = bytearray(pack.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    pack.write_bytes(raw)
+
+    done = run("verify", "--data", data)
+
+    assert done.exit_code == 1
+    assert pack.stem in done.output
+
+
+def test_the_index_comes_back_from_packs_alone(tmp_path: Path) -> None:
+    data = stored(tmp_path)
+    for left in data.glob("index.db*"):
+        left.unlink()
+
+    done = run("verify", "--rebuild-index", "--data", data)
+
+    assert done.exit_code == 0
+    assert "2 instances indexed" in done.output
+    assert run("verify", "--data", data).exit_code == 0
+
+
+def test_an_index_is_not_rebuilt_under_a_running_node(tmp_path: Path) -> None:
+    data = stored(tmp_path)
+    with supervisor.data_lock(data):
+        done = run("verify", "--rebuild-index", "--data", data)
+
+    assert done.exit_code == 1
+    assert "another Huying" in str(done.exception)
