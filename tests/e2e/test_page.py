@@ -504,6 +504,24 @@ def test_new_images_are_announced_and_change_nothing_unasked(
     expect(page.locator("#fresh")).to_be_hidden()
 
 
+@pytest.mark.parametrize("width", [320, 600, 901, 1000, 1101, 1920])
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_every_width_shows_names_and_descriptions(
+    site: Site, open_page: Opener, width: int, language: str
+) -> None:
+    page = ready(
+        open_page(
+            f"{site.url}/?lang={language}", viewport={"width": width, "height": 760}
+        )
+    )
+
+    assert fits(page)
+    for part in (".c-patient", ".c-ids", ".c-description"):
+        box = rows(page).first.locator(part).bounding_box()
+        assert box is not None
+        assert box["width"] >= 120, part
+
+
 def test_nothing_moves_for_those_who_asked_for_that(
     site: Site, open_page: Opener
 ) -> None:
