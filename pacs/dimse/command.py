@@ -80,19 +80,18 @@ def decode(raw: bytes | bytearray | memoryview) -> dict[int, Value]:
         if position + 8 > size:
             raise ProtocolError("command set is cut off")
         group, element, length = _HEAD.unpack_from(raw, position)
-        position += 8
-        if group != 0 or position + length > size:
+        start = position + 8
+        position = start + length
+        if group != 0 or position > size:
             raise ProtocolError("not a command set")
-        value = bytes(raw[position : position + length])
-        position += length
         if element in _SHORTS:
             if length != 2:
                 raise ProtocolError("a command element has the wrong length")
-            values[element] = _U16.unpack(value)[0]
+            values[element] = _U16.unpack_from(raw, start)[0]
         elif element:
-            values[element] = value.decode("latin-1").rstrip("\0 ")
-        elif value != (size - position).to_bytes(4, "little"):
-            values[GROUP_LENGTH] = value
+            values[element] = str(raw[start:position], "latin-1").rstrip("\0 ")
+        elif raw[start:position] != (size - position).to_bytes(4, "little"):
+            values[GROUP_LENGTH] = bytes(raw[start:position])
     if FIELD not in values:
         raise ProtocolError("command field is missing", AbortReason.NOT_SPECIFIED)
     return values

@@ -27,6 +27,10 @@ LINGER = 0.5
 #: A timer inside a message starts again after this much progress, so that a peer
 #: that sends a byte now and then does not hold its slot for ever.
 PROGRESS = 4 * KIB
+#: A pause inside a message that smells of a delayed acknowledgement, in seconds.
+STALL = 0.02
+_FIRST_ACKS = 16
+_FOR_EVER = 1 << 62
 _AHEAD = 8 * KIB
 _MAX_BUFFERS = 512
 
@@ -66,6 +70,7 @@ class Wire:
         self._buffer = bytearray(_AHEAD)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
+        self._quick_acks = _FIRST_ACKS
         self._flags = 0 if self._is_tls else socket.MSG_WAITALL
         with suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -112,8 +117,7 @@ class Wire:
         """
         while self._end - self._start < size:
             self._make_room(size)
-            self._acknowledge()
-            got = self._receive(self._view[self._end :], 0)
+            got = self._receive(self._view[self._end :], 0, inside=not interruptible)
             if got < 0:
                 self._tick(interruptible=interruptible)
                 continue
@@ -156,7 +160,6 @@ class Wire:
             view[:got] = self._view[self._start : self._start + got]
             self._start += got
         while got < size:
-            self._acknowledge()
             more = self._receive(view[got:], self._flags)
             if more > 0:
                 got += more
@@ -262,21 +265,32 @@ class Wire:
             self._view[: len(kept)] = kept
             self._start, self._end = 0, len(kept)
 
-    def _acknowledge(self) -> None:
-        """Acknowledge at once what comes next: senders that leave Nagle's algorithm
-        on would wait 40 ms for each delayed acknowledgement.
-        """
-        with suppress(OSError):
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+    def _receive(self, view: memoryview, flags: int, *, inside: bool = True) -> int:
+        """Return how many bytes came, 0 at the end, -1 after a tick without any.
 
-    def _receive(self, view: memoryview, flags: int) -> int:
-        """Return how many bytes came, 0 at the end, -1 after a tick without any."""
+        A sender that leaves Nagle's algorithm on waits for an acknowledgement that
+        the kernel delays by 40 ms. Asking for it at once costs a packet for each
+        call, so it is done at first, and for good with peers that were seen to stall.
+
+        Parameters
+        ----------
+        inside : bool
+            A message has begun: the peer has no reason to pause.
+        """
+        if self._quick_acks:
+            self._quick_acks -= 1
+            with suppress(OSError):
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        started = time.monotonic()
         try:
-            return self._socket.recv_into(view, 0, flags)
+            got = self._socket.recv_into(view, 0, flags)
         except (BlockingIOError, TimeoutError):
             return -1
         except OSError as error:
             raise PeerGone(_reason(error)) from error
+        if inside and time.monotonic() - started > STALL:
+            self._quick_acks = _FOR_EVER
+        return got
 
     def _transmit(self, pending: Sequence[memoryview]) -> int:
         try:
