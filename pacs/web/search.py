@@ -20,7 +20,13 @@ from pacs.domain.matching import (
 )
 from pacs.domain.study import Level
 from pacs.services.query import SearchPage, SearchRequest
-from pacs.web.dependencies import base_url, current_actor, path_uid
+from pacs.web.dependencies import (
+    Policy,
+    access_policy,
+    base_url,
+    current_actor,
+    path_uid,
+)
 from pacs.web.native_xml import native_model
 from pacs.web.negotiation import DICOM_JSON, DICOM_XML, Offer, choose
 from storage.kernel.errors import InvalidParameter
@@ -55,6 +61,7 @@ class _Asked:
 
     request: Request
     actor: Annotated[Actor, Depends(current_actor)]
+    policy: Annotated[Policy, Depends(access_policy)]
     query: Annotated[Search, Depends(query_service)]
     base: Annotated[str, Depends(base_url)]
 
@@ -102,6 +109,7 @@ def _answer(
     asked: _Asked, level: Level, study: str | None = None, series: str | None = None
 ) -> Response:
     """Parse, search, and write the answer in the form that was asked for."""
+    asked.policy.require(asked.actor, "find")
     parsed = parse_query(asked.request.scope["query_string"])
     accept = parsed.accept or asked.request.headers.get("accept", "")
     form = choose(accept, (JSON, XML))

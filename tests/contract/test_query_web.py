@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
 
+from pacs.services.policy import AccessPolicy
 from pacs.services.query import QueryService
 from pacs.web import dependencies, search
 from pacs.web.native_xml import NAMESPACE, native_model
@@ -25,10 +26,11 @@ from storage.db import migrate
 from storage.db.engine import Database
 from storage.kernel.errors import InvalidInput, Unsupported
 from storage.kernel.limits import Limits
-from storage.kernel.types import Actor, TenantId
+from storage.kernel.types import Actor, Role, TenantId
+from tests.support.dicomweb import NoPeers
 from tests.support.populated import Made, populate
 
-ACTOR = Actor(TenantId("default"), "test")
+ACTOR = Actor(TenantId("default"), "test", roles=frozenset({Role.ADMIN}))
 JSON = "application/dicom+json"
 XML = 'multipart/related; type="application/dicom+xml"'
 STUDIES = [
@@ -91,6 +93,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     database = Database(url)
     populate(database, STUDIES)
     service = QueryService(database=database, limits=Limits())
+    policy = AccessPolicy(our_aes={}, peers=NoPeers(), open_access=True)
     app = FastAPI()
 
     @app.exception_handler(InvalidInput)
@@ -102,6 +105,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     app.dependency_overrides = {
         dependencies.current_actor: lambda: ACTOR,
         search.query_service: lambda: service,
+        dependencies.access_policy: lambda: policy,
         dependencies.base_url: lambda: "http://testserver",
     }
     config = uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="off")
