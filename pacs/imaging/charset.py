@@ -2,7 +2,8 @@ r"""Character sets: decode first, split after (PS3.3 C.12.1.1.2, PS3.5 6.1).
 
 116 basic hanzi have a GBK second byte of 5CH (``\``) and 116 of 5EH (``^``), so
 values are decoded whole before they are split. Bytes that do not decode become
-visible ``\xNN`` text; nothing raises, the stored bytes stay as they are.
+visible, ``<CE>``, without a character that separates values or components; nothing
+raises, the stored bytes stay as they are.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _visible(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeDecodeError):
         raise error
     raw = error.object[error.start : error.end]
-    return "".join(f"\\x{byte:02X}" for byte in raw), error.end
+    return "".join(f"<{byte:02X}>" for byte in raw), error.end
 
 
 #: Escape sequences that stay behind after decoding (PS3.5 6.1.2.5).

@@ -285,7 +285,10 @@ class StoreDoor(_NodeDoor):
         request.AffectedSOPClassUID = UID(class_uid)
         request.AffectedSOPInstanceUID = UID(instance_uid)
         request.Priority = 0
-        request.DataSet = BytesIO(dataset_bytes(file))
+        # A group length says where File Meta ends; else its elements do.
+        has_length = file[132:136] == b"\2\0\0\0"
+        offset = meta.dataset_offset
+        request.DataSet = BytesIO(dataset_bytes(file) if has_length else file[offset:])
         association._reactor_checkpoint.clear()  # noqa: SLF001
         association.dimse.send_msg(request, association.accepted_contexts[0].context_id)
         _, answer = association.dimse.get_msg(block=True)
