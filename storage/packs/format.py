@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import orjson
@@ -83,6 +83,9 @@ class RecordHeader:
             sop_instance_uid=sop_instance_uid,
             dataset_offset=dataset_offset,
         )
+
+
+_OPTIONAL = ("calling_ae", "called_ae", "peer", "digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +161,21 @@ def decode_file_header(raw: bytes) -> str:
 
 
 def encode_header(header: RecordHeader) -> bytes:
-    """Return the header's bytes; defaults are left out."""
-    fields = {key: value for key, value in asdict(header).items() if value != ""}
+    """Return the header's bytes; empty optional fields are left out."""
+    fields: dict[str, str | int] = {
+        "tenant": header.tenant,
+        "door": header.door,
+        "received_us": header.received_us,
+        "transfer_syntax_uid": header.transfer_syntax_uid,
+        "sop_class_uid": header.sop_class_uid,
+        "sop_instance_uid": header.sop_instance_uid,
+        "dataset_offset": header.dataset_offset,
+        "origin": header.origin,
+    }
+    for name in _OPTIONAL:
+        value = getattr(header, name)
+        if value:
+            fields[name] = value
     return orjson.dumps(fields)
 
 

@@ -205,12 +205,14 @@ class PackWriter:
         """
         with self._lock:
             failure, self._failure = self._failure, None
-            for pack in self._open.values():
+            for tenant, pack in list(self._open.items()):
                 if pack.unsynced:
                     try:
                         self._sync(pack)
                     except OSError as error:
                         failure = _translated(error)
+                        self._open.pop(tenant)
+                        os.close(pack.fd)
             if failure is not None:
                 raise failure
 
