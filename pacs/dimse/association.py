@@ -110,6 +110,7 @@ class Association:
         self._cancelled: set[int] = set()
         self._current: int | None = None
         self._release_requested = False
+        self._torn = False
         self._message_id = 0
         #: Status (0000,0900) of the last response.
         self.last_status = 0
@@ -139,6 +140,8 @@ class Association:
         dataset: Iterable[bytes] | None = None,
     ) -> None:
         """Queue a message; sent by `flush`, or once half a MiB has gathered."""
+        if self._torn:
+            raise ProtocolError("a message was cut off", AbortReason.NOT_SPECIFIED)
         if cmd.STATUS in command:
             self.last_status = cmd.number(command, cmd.STATUS)
         self._put(
@@ -147,10 +150,13 @@ class Association:
             )
         )
         if dataset is not None:
+            # Until it is whole, nothing but an abort can follow.
+            self._torn = True
             for chunk, last in _even_chunks(dataset):
                 self._put(data_pdus(context_id, 0, chunk, self.max_send, last=last))
                 if self._out_bytes >= _BATCH:
                     self.flush()
+            self._torn = False
         if self._out_bytes >= _BATCH:
             self.flush()
 
