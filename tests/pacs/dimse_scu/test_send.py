@@ -224,6 +224,7 @@ def test_the_counts_always_add_up() -> None:
     ],
 )
 def test_the_final_status_says_how_it_went(
+    *,
     total: int,
     statuses: list[int],
     cancelled: bool,
