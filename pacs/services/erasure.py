@@ -136,34 +136,37 @@ class Erasure:
         if pack.kind == "sealed" and pack.state == "open":
             # It takes its place only if all it holds is alive then.
             return False
+        ours = pack.place == "local" and pack.node_id == self._node_id
+        size = pack.size_bytes
+        if ours:
+            try:
+                size = self._retirement.path(pack).stat().st_size
+            except FileNotFoundError:
+                return False
         with self._database.read() as connection:
+            if rows.is_named(connection, pack.key, until_us):
+                return True
             live = rows.live_bytes(connection, pack.pk) + FILE_HEADER_LENGTH
-            named = rows.is_named(connection, pack.key, until_us)
-        if named or pack.place == "object":
-            return named
-        if pack.node_id != self._node_id:
-            return (
-                pack.state == "open" or not pack.size_bytes or (live < pack.size_bytes)
-            )
-        try:
-            return live < self._retirement.path(pack).stat().st_size
-        except FileNotFoundError:
+        if pack.place == "object":
             return False
+        # Of another node's pack only the row is known, once it is closed.
+        known = ours or (pack.state == "closed" and size > 0)
+        return live < size if known else True
 
     def _rewrite(self, pack: PackRow) -> bool:
         """Replace a closed pack by one with only its live records; True when done."""
         with self._database.read() as connection:
             live = rows.live(connection, pack.pk)
         unknown: list[RecordInfo] = []
-        if pack.place == "local":
-            kept = {one.location.record_offset for one in live}
-            unknown = self._retirement.contents(pack, skip=kept).unknown
-            if unknown and not self._is_old(pack):
-                # Their rows may be on the way: a pack is closed before they come.
-                return False
-        if not live and not unknown:
-            return self._retirement.retire(pack)
         try:
+            if pack.place == "local":
+                kept = {one.location.record_offset for one in live}
+                unknown = self._retirement.contents(pack, skip=kept).unknown
+                if unknown and not self._is_old(pack):
+                    # Their rows may be on the way: a pack is closed before they come.
+                    return False
+            if not live and not unknown:
+                return self._retirement.retire(pack)
             self._copy_and_swap(pack, live, unknown)
         except Unavailable as error:
             log.warning(

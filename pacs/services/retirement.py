@@ -16,7 +16,7 @@ from pacs.repository import packs as rows
 from pacs.repository.packs import PackRow
 from storage.db.engine import Database
 from storage.kernel.clock import Clock
-from storage.kernel.errors import Unavailable
+from storage.kernel.errors import CorruptData, DependencyDown, Unavailable
 from storage.objects.protocol import ObjectStore
 from storage.packs.format import Kind, Record, RecordHeader, RecordInfo
 from storage.packs.reader import PackReader, object_key
@@ -89,7 +89,7 @@ class Retirement:
         self._node_id = node_id
         self._grace_us = int(grace_seconds * 1e6)
         self._after_pk = 0
-        self._unknown: dict[str, int] = {}
+        self._left: dict[str, int] = {}
 
     def tick(self) -> int:
         """Do a bounded part of what is due; return how many packs changed."""
@@ -114,7 +114,7 @@ class Retirement:
                     return False
                 contents = self.contents(pack, skip=copied)
                 if contents.unknown:
-                    self._leave(pack, len(contents.unknown))
+                    self._leave(pack, "it has records the index does not know")
                     return False
                 self._repeat(pack.tenant, contents.tombstones)
         delete_after_us = self._clock.now_us() + self._grace_us
@@ -134,17 +134,25 @@ class Retirement:
         ----------
         skip : collection of int
             Offsets of records that are accounted for.
+
+        Raises
+        ------
+        CorruptData, DependencyDown
+            The file cannot be read.
         """
         objects: list[RecordInfo] = []
         stones: list[RecordHeader] = []
         known = set(skip)
-        for found in iter_records(self.path(pack), check_objects=False):
-            if isinstance(found, Damage):
-                continue
-            if found.kind is Kind.TOMBSTONE:
-                stones.append(found.header)
-            elif found.location.record_offset not in known:
-                objects.append(found)
+        try:
+            for found in iter_records(self.path(pack), check_objects=False):
+                if isinstance(found, Damage):
+                    continue
+                if found.kind is Kind.TOMBSTONE:
+                    stones.append(found.header)
+                elif found.location.record_offset not in known:
+                    objects.append(found)
+        except OSError as error:
+            raise DependencyDown(f"pack storage: {error.strerror}") from error
         here = _latest(stones)
         uids = sorted(
             {info.header.sop_instance_uid for info in objects}
@@ -166,14 +174,15 @@ class Retirement:
                 contents.tombstones.append(stone)
         return contents
 
-    def _leave(self, pack: PackRow, count: int) -> None:
-        """Leave a pack to recovery, and say so once in a while."""
-        if len(self._unknown) >= MAX_REMEMBERED:
-            self._unknown.clear()
-        self._unknown[pack.key] = self._clock.now_us()
+    def _leave(self, pack: PackRow, why: str) -> None:
+        """Leave a pack to recovery for a while, and say so."""
+        if len(self._left) >= MAX_REMEMBERED:
+            self._left.clear()
+        self._left[pack.key] = self._clock.now_us()
         log.warning(
-            "pack has records the index does not know",
-            extra={"event": "pack.unknown", "pack": pack.key, "records": count},
+            "pack is left alone: %s",
+            why,
+            extra={"event": "pack.left", "pack": pack.key},
         )
 
     def _repeat(self, tenant: str, stones: Iterable[RecordHeader]) -> None:
@@ -205,10 +214,18 @@ class Retirement:
             )
         now_us = self._clock.now_us()
         return sum(
-            self.retire(pack)
+            self._try_to_retire(pack)
             for pack in empty
-            if now_us - self._unknown.get(pack.key, -UNKNOWN_US) >= UNKNOWN_US
+            if now_us - self._left.get(pack.key, -UNKNOWN_US) >= UNKNOWN_US
         )
+
+    def _try_to_retire(self, pack: PackRow) -> bool:
+        """Retire one of many; one that cannot be read does not hold up the others."""
+        try:
+            return self.retire(pack)
+        except (CorruptData, DependencyDown) as error:
+            self._leave(pack, str(error))
+            return False
 
     def _unlink_due(self) -> int:
         with self._database.read() as connection:
