@@ -18,7 +18,7 @@ from pacs.web.bodies import (
     send_parts,
     send_source,
 )
-from pacs.web.dependencies import readable
+from pacs.web.dependencies import StoredRoute, readable
 from pacs.web.multipart import MultipartWriter, Part
 from pacs.web.negotiation import ANY, OCTETS, Offer, candidates
 from pacs.web.retrieve import (
@@ -30,7 +30,7 @@ from pacs.web.retrieve import (
 )
 from storage.kernel.errors import InvalidParameter, NotFound, Unsupported
 
-router = APIRouter(tags=["bulk data"])
+router = APIRouter(tags=["bulk data"], route_class=StoredRoute)
 
 _INSTANCE = "/studies/{study}/series/{series}/instances/{instance}"
 _NUMBERS = re.compile(r"[0-9]{1,9}(?:,[0-9]{1,9})*\Z")

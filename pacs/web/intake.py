@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -150,9 +151,9 @@ class Intake:
         """Wait for what is on its way."""
         self._pool.shutdown()
 
-    async def call(self, function: Callable[[], object]) -> None:
-        """Run `function` in a thread and wait for it."""
-        await asyncio.get_running_loop().run_in_executor(self._pool, function)
+    def start(self, function: Callable[[], None]) -> asyncio.Future[None]:
+        """Run `function` in a thread."""
+        return asyncio.get_running_loop().run_in_executor(self._pool, function)
 
     async def submit(
         self, size: int, function: Callable[[], Outcome]
@@ -233,13 +234,13 @@ class Reception:
         """Wait until everything handed over is durable or refused."""
         while self._pending:
             await asyncio.wait(self._pending)
-        await self.intake.call(self.intake.ingest.flush)
+        await self.intake.start(self.intake.ingest.flush)
 
     async def abort(self) -> None:
         """Drop the part under way; what is complete goes its way."""
         part, self._part = self._part, None
         if part is not None:
-            part.abort()
+            await part.abort()
         if self._pending:
             await asyncio.wait(self._pending)
 
@@ -310,6 +311,7 @@ class _Incoming:
         self._read_meta_at = 1
         self._spool: Spool | None = None
         self._digest = hashlib.sha256()
+        self._writing: asyncio.Future[None] | None = None
         self._size = 0
         self._error: ImagingError | None = None
 
@@ -330,7 +332,7 @@ class _Incoming:
                 if size > self._limits.memory_instance_bytes:
                     await self._open_spool(self._meta)
         except ImagingError as error:
-            self._fail(error)
+            await self._fail(error)
 
     async def _open_spool(self, meta: FileMeta) -> None:
         uids = {
@@ -345,11 +347,12 @@ class _Incoming:
             ingest.check(actor, source, **uids)
             self._spool = ingest.open_spool(actor, source, **uids)
 
-        await self._intake.call(start)
+        await self._intake.start(start)
         del self._buffer[: meta.dataset_offset]
         await self._write_block()
 
     async def _write_block(self) -> None:
+        """Hash and write what has gathered, while the next block comes in."""
         spool, block = self._spool, self._buffer
         self._buffer = bytearray()
         self._size += len(block)
@@ -361,16 +364,24 @@ class _Incoming:
                 self._digest.update(block)
                 spool.write(block)
 
-        await self._intake.call(write)
+        await self._written()
+        self._writing = self._intake.start(write)
+
+    async def _written(self) -> None:
+        """Wait for the block under way."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
 
     async def end(self) -> None:
         try:
             if self._error is None and self._meta is None:
                 self._meta = self._complete_meta()
-            if self._error is None and self._spool is not None and self._buffer:
+            if self._error is None and self._spool is not None:
                 await self._write_block()
+                await self._written()
         except ImagingError as error:
-            self._fail(error)
+            await self._fail(error)
         reception, meta = self._reception, self._meta
         if self._error is not None or meta is None:
             claims = (meta.sop_class_uid, meta.sop_instance_uid) if meta else ("", "")
@@ -397,12 +408,16 @@ class _Incoming:
             raise MalformedObject("File Meta Information is cut off", 0x00020000)
         return meta
 
-    def _fail(self, error: ImagingError) -> None:
+    async def _fail(self, error: ImagingError) -> None:
         self._error = error
         self._buffer = bytearray()
-        self.abort()
+        await self.abort()
 
-    def abort(self) -> None:
+    async def abort(self) -> None:
+        """Leave nothing behind."""
+        # Order matters: a thread may still write into the spool.
+        with suppress(ImagingError):
+            await self._written()
         if self._spool is not None:
             self._spool.abort()
             self._spool = None

@@ -10,13 +10,13 @@ from starlette.responses import StreamingResponse
 
 from pacs.services.metadata import MetadataBody
 from pacs.web.bodies import PiecesResponse, Validators, not_modified
-from pacs.web.dependencies import path_uid, readable
+from pacs.web.dependencies import StoredRoute, path_uid, readable
 from pacs.web.multipart import MultipartWriter, Part
 from pacs.web.native_xml import native_model
 from pacs.web.negotiation import DICOM_JSON, DICOM_XML, Offer, choose
 from pacs.web.retrieve import Asked, RetrieveContext, instance_validators
 
-router = APIRouter(tags=["metadata"])
+router = APIRouter(tags=["metadata"], route_class=StoredRoute)
 
 OFFERS = (Offer(DICOM_JSON), Offer(DICOM_XML, multipart=True))
 

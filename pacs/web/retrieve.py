@@ -20,6 +20,7 @@ from pacs.web.bodies import (
 )
 from pacs.web.dependencies import (
     Policy,
+    StoredRoute,
     access_policy,
     base_url,
     current_actor,
@@ -31,8 +32,8 @@ from pacs.web.negotiation import ANY, DICOM, Offer, accept_of, candidates
 from storage.kernel.errors import Unsupported
 from storage.kernel.types import Actor
 
-router = APIRouter(tags=["retrieve"])
-files = APIRouter(tags=["retrieve"])
+router = APIRouter(tags=["retrieve"], route_class=StoredRoute)
+files = APIRouter(tags=["retrieve"], route_class=StoredRoute)
 
 DICOM_PARTS = Offer(DICOM, multipart=True)
 DICOM_SINGLE = Offer(DICOM)

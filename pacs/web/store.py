@@ -49,6 +49,7 @@ from pacs.web.store_report import Report
 from storage.kernel.errors import (
     ImagingError,
     MalformedObject,
+    TooLarge,
     Unsupported,
 )
 from storage.kernel.limits import Limits
@@ -127,7 +128,11 @@ async def _store(asked: _Asked, study_uid: str | None) -> Response:
         return _refused(MalformedObject("the request holds no instance"))
     elif report.errors == {EmptyPart} and not report.n_stored:
         return _refused(MalformedObject("the request holds nothing but an empty part"))
-    return _answer(report, form)
+    response = _answer(report, form)
+    if isinstance(failure, TooLarge):
+        # What follows is not worth reading.
+        response.headers["Connection"] = "close"
+    return response
 
 
 def _refused(error: ImagingError) -> Response:

@@ -505,6 +505,17 @@ def test_c14_lists_of_frames(web: WebArchive, frames: str, status: int) -> None:
     assert get(web, f"{IMAGE}/frames/{frames}").status == status
 
 
+def test_pixels_that_cannot_be_decoded_are_422_and_can_be_had_as_stored(
+    web: WebArchive,
+) -> None:
+    broken = get(web, f"{image(LSS)}/frames/1")
+    stored = get(web, f"{image(LSS)}/frames/1", "image/jls")
+
+    assert broken.status == 422
+    assert broken.headers["content-type"] == "application/problem+json"
+    assert stored.body == b"\xff\xd8ls"
+
+
 def test_frames_of_what_has_none_are_404(web: WebArchive) -> None:
     assert get(web, f"{image(DOC)}/frames/1").status == 404
 
