@@ -1,28 +1,39 @@
-"""What the index says about the packs one process appends to.
+"""What the index and a process must tell each other about the process' packs.
 
-Each process that receives or deletes has one, ticked every few seconds: it notes packs
-that were closed, and closes packs that the worker wants to rewrite.
+Each process that receives, deletes or reads has one: it notes packs that were closed,
+closes packs that the worker wants to rewrite, and lets go of packs that were unlinked.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 
 from pacs.repository import packs as rows
 from storage.db.engine import Database
+from storage.kernel.errors import ImagingError
+from storage.packs.reader import PackReader
 from storage.packs.writer import PackWriter
+
+log = logging.getLogger(__name__)
+
+PAUSE_SECONDS = 5.0
+STOP_SECONDS = 10.0
 
 
 class PackBook:
-    """Keep the rows of a process' own packs in step with its files.
+    """Keep rows and files of a process' packs in step.
 
-    Pass `closed` to the writer as `on_closed`.
+    Pass `closed` to the writer as `on_closed`; then `start`, and `stop` after the
+    writer was closed.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._closed: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def closed(self, key: str, size: int) -> None:
         """Remember a pack that no longer grows.
@@ -33,8 +44,48 @@ class PackBook:
         with self._lock:
             self._closed[key] = size
 
-    def tick(self, packs: PackWriter) -> int:
-        """Note what was closed, and close what the worker asks for."""
+    def start(
+        self, packs: PackWriter, reader: PackReader, seconds: float = PAUSE_SECONDS
+    ) -> None:
+        """Tick in a thread of its own; after forking."""
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(packs, reader, seconds),
+            name="packbook",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and note what was closed; recovery does what fails here."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(STOP_SECONDS)
+        try:
+            self.flush()
+        except ImagingError as error:
+            log.warning(
+                "closed packs are not noted: %s",
+                error,
+                extra={"event": "packbook.failed", "code": error.code},
+            )
+
+    def _run(self, packs: PackWriter, reader: PackReader, seconds: float) -> None:
+        while not self._stopping.wait(seconds):
+            try:
+                self.tick(packs, reader)
+            except ImagingError as error:
+                log.warning(
+                    "packs are not looked after: %s",
+                    error,
+                    extra={"event": "packbook.failed", "code": error.code},
+                )
+            except Exception:
+                log.exception("packbook failed", extra={"event": "packbook.failed"})
+
+    def tick(self, packs: PackWriter, reader: PackReader) -> int:
+        """Do what is to do now; return how many packs were closed."""
+        reader.sweep()
         mine = packs.open_keys()
         if mine:
             with self._database.read() as connection:

@@ -124,6 +124,18 @@ class PackReader:
             self._files.pop(pack_key, None)
             self._remote.pop(pack_key, None)
 
+    def sweep(self) -> int:
+        """Close packs that were unlinked, so that their bytes are given back."""
+        with self._lock:
+            gone = [
+                key
+                for key, opened in self._files.items()
+                if not os.fstat(opened.fd).st_nlink
+            ]
+            for key in gone:
+                del self._files[key]
+            return len(gone)
+
     def close(self) -> None:
         with self._lock:
             self._files.clear()

@@ -51,10 +51,10 @@ def erase(life: Life) -> None:
     """Let half of the time pass, and the grace of what is retired then."""
     life.clock.turn(REWRITE_SECONDS / 2 + 1)
     for _ in range(3):
-        life.book.tick(life.packs)
+        life.book.tick(life.packs, life.reader)
         while life.erasure.tick():
             pass
-        life.book.tick(life.packs)
+        life.book.tick(life.packs, life.reader)
         life.clock.turn(GRACE_SECONDS + 1)
         while life.retirement.tick():
             pass
