@@ -6,7 +6,7 @@ import socket
 import ssl
 from dataclasses import dataclass
 
-from storage.kernel.errors import DependencyDown
+from storage.kernel.errors import DependencyDown, InvalidParameter
 from storage.kernel.settings import Dimse, DimseTls
 
 
@@ -53,11 +53,20 @@ def client_tls(settings: DimseTls) -> ssl.SSLContext:
 
     The peer is checked against `client_ca` when that is set, else against the
     system's authorities; our certificate is shown when there is one.
+
+    Raises
+    ------
+    InvalidParameter
+        A file is missing, or not what it should be.
     """
-    cafile = str(settings.client_ca) if settings.client_ca else None
-    context = ssl.create_default_context(cafile=cafile)
-    if settings.certificate is not None:
-        context.load_cert_chain(settings.certificate, settings.key)
+    try:
+        cafile = str(settings.client_ca) if settings.client_ca else None
+        context = ssl.create_default_context(cafile=cafile)
+        if settings.certificate is not None:
+            context.load_cert_chain(settings.certificate, settings.key)
+    except OSError as error:
+        reason = error.strerror or "not a certificate and its key"
+        raise InvalidParameter("dimse.tls", reason) from error
     return context
 
 

@@ -35,9 +35,10 @@ from pacs.dimse.commit import (
     ReportSender,
 )
 from pacs.dimse.deliver import Outgoing
+from pacs.domain.study import StoredInstance
 from pacs.imaging.syntaxes import EXPLICIT_VR_LE, IMPLICIT_VR_LE
 from pacs.services.policy import KnownPeer
-from storage.kernel.errors import DependencyDown
+from storage.kernel.errors import CorruptData, DependencyDown
 from storage.kernel.limits import Limits
 from storage.kernel.uids import new_uid
 from tests.support.archive import ADMIN, TIMEOUTS, Archive, archive
@@ -362,6 +363,53 @@ def encapsulated(ds: Dataset, syntax: str) -> bytes:
     return out.getvalue()
 
 
+@pytest.fixture
+def half_readable(node: Archive, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three instances of two chunks; of the second only the first can be read."""
+    uids = node.store_all(a_study(n_instances=3, size=1024))
+    read = node.node.retrieve.read_object
+
+    def failing(instance: StoredInstance, offset: int, length: int) -> bytes:
+        if instance.sop_instance_uid == uids[1] and offset > 1_000_000:
+            raise CorruptData("a pack is shorter than the index says")
+        return read(instance, offset, length)
+
+    monkeypatch.setattr(node.node.retrieve, "read_object", failing)
+    return uids
+
+
+def test_an_instance_that_ends_early_does_not_take_the_move_with_it(
+    node: Archive, half_readable: list[str]
+) -> None:
+    with PyScp().running() as scp:
+        node.add_peer(scp.title, scp.port)
+
+        reply = move(node, scp.title)
+
+    assert reply.status == 0xB000
+    assert failed_uids(reply) == [half_readable[1]]
+    assert [one.instance_uid for one in scp.received] == [
+        half_readable[0],
+        half_readable[2],
+    ]
+    assert scp.associations == 2
+
+
+def test_an_instance_that_ends_early_aborts_the_get(
+    node: Archive, half_readable: list[str]
+) -> None:
+    association = asking(node, GET_MODEL, CT)
+    number = request(
+        association,
+        association.offer(GET_MODEL),
+        CommandField.C_GET_RQ,
+        study_keys(),
+    )
+
+    with pytest.raises(DependencyDown, match="aborted by the peer"):
+        get_all(association, number)
+
+
 def test_b25_more_than_the_counters_hold_is_refused_up_front(tmp_path: Path) -> None:
     limits = {"move_instances": 3}
     with (
@@ -531,3 +579,38 @@ def test_b28_the_result_waits_until_the_requestor_takes_it(
     [done] = node.commitment.find(ADMIN, transaction)
     assert done.report is not None
     assert done.report.delivered
+
+
+def test_a_requestor_without_an_address_is_answered_where_it_asked(
+    node: Archive,
+) -> None:
+    [uid] = node.store_all(a_study(n_instances=1))
+    transaction = new_uid()
+    with asking(node, PUSH_MODEL, title="NOADDRESS") as association:
+        assert commit(association, [(CT, uid), (CT, "1.2.3")], transaction) == 0x0000
+
+        event = association.receive(10)
+
+        assert event is not None
+        assert event.dataset is not None
+        assert cmd.number(event.command, cmd.EVENT_TYPE) == 2
+        elements = identifier.read(event.dataset, EXPLICIT_VR_LE, Limits())
+        assert identifier.text(elements, TRANSACTION_UID) == transaction
+        association.answer(event, 0x0000)
+    wait_until(lambda: node.commitment.waiting() == 0, "the result to be delivered")
+
+
+def test_a_requestor_without_an_address_that_leaves_is_not_forgotten(
+    node: Archive,
+) -> None:
+    [uid] = node.store_all(a_study(n_instances=1))
+    transaction = new_uid()
+    with asking(node, PUSH_MODEL, title="NOADDRESS") as association:
+        commit(association, [(CT, uid)], transaction)
+
+    assert [
+        one.sop_instance_uid for one in node.check_commitment(transaction).committed
+    ]
+    work = node.commitment.worker(ReportSender(node.node.peers, Outgoing(TIMEOUTS)))
+    with pytest.raises(DependencyDown, match="NOADDRESS has no address"):
+        work({"id": node.commitment_key(transaction)})

@@ -32,7 +32,7 @@ from pacs.dimse.client import (
 )
 from pacs.domain.study import ByteStream
 from pacs.imaging.syntaxes import EXPLICIT_VR_LE, IMPLICIT_VR_LE
-from storage.kernel.errors import DependencyDown
+from storage.kernel.errors import DependencyDown, InvalidParameter
 from storage.kernel.limits import Limits
 from storage.kernel.settings import DimseTls
 from tests.support.datasets import ct_slice, dataset_bytes, part10
@@ -366,3 +366,19 @@ def test_tls_verifies_the_peer(certificate: tuple[Path, Path]) -> None:
             connect(address, "A", VERIFICATION_CONTEXTS, timeouts=FAST)
     finally:
         server.shutdown()
+
+
+def test_a_certificate_that_is_none_is_named(
+    certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    made, _ = certificate
+    nonsense = tmp_path / "nonsense.pem"
+    nonsense.write_text("nonsense")
+
+    for settings in (
+        DimseTls(certificate=tmp_path / "missing.pem"),
+        DimseTls(client_ca=nonsense),
+        DimseTls(certificate=made, key=nonsense),
+    ):
+        with pytest.raises(InvalidParameter, match=r"dimse\.tls"):
+            client_tls(settings)
