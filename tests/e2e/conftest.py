@@ -72,8 +72,9 @@ Opener = Callable[..., Page]
 expect.set_options(timeout=20_000)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Yield a browser; while it lives an event loop counts as running here."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.fail("the page is tested in Chromium: apt-get install chromium")
