@@ -1,8 +1,8 @@
 """Reading DIMSE messages out of P-DATA-TF PDUs, each length checked before use.
 
 The bounds are those of the association: the PDU length we announced, the size of a
-command set, the size of a data set, and the number of empty fragments (PS3.8 9.3.5,
-Annex E).
+command set, the size of a data set, and the number of fragments (PS3.8 9.3.5, Annex
+E).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from pacs.dimse.pdu import (
     PduType,
     ProtocolError,
 )
-from pacs.dimse.transport import PROGRESS, PeerGone, Wire
+from pacs.dimse.transport import PROGRESS, PeerGone, Stopping, Wire
 
-#: Fragments without a byte that one message may have.
-MAX_EMPTY_FRAGMENTS = 64
+#: Fragments of one message: so many, and beyond them one for so many bytes.
+MAX_FRAGMENTS = 4096
+BYTES_PER_FRAGMENT = 64
 #: Bytes of the shortest PDUs that end an association.
 _SHORT_PDU = 10
 
@@ -70,6 +71,8 @@ class MessageReader:
         ------
         PeerGone, TimedOut, Stopping
         """
+        if self._wire.stopping:
+            raise Stopping
         if self._left == 0 and not self._wire.buffered:
             self._wire.expect(what, seconds)
             self._wire.need(1, interruptible=True)
@@ -97,8 +100,7 @@ class MessageReader:
             fragments += 1
             if len(whole) + size > self._command_bytes:
                 raise ProtocolError("the command set is too long")
-            if fragments > MAX_EMPTY_FRAGMENTS + len(whole):
-                raise ProtocolError("too many empty fragments")
+            _check_number(fragments, len(whole))
             whole += wire.read(size)
             if flags & LAST:
                 return context_id, command.decode(whole)
@@ -123,8 +125,7 @@ class MessageReader:
             fragments += 1
             if total > most:
                 raise ProtocolError("the data set is too long")
-            if fragments > MAX_EMPTY_FRAGMENTS + total:
-                raise ProtocolError("too many empty fragments")
+            _check_number(fragments, total)
             parts.append(self._wire.read(size))
             if flags & LAST:
                 return b"".join(parts)
@@ -168,8 +169,7 @@ class MessageReader:
             fragments += 1
             if total > most:
                 raise ProtocolError("the data set is too long")
-            if fragments > MAX_EMPTY_FRAGMENTS + total:
-                raise ProtocolError("too many empty fragments")
+            _check_number(fragments, total)
             last = flags & LAST
             extra = 0 if last else (6 if self._left else 12)
             if kept + size + extra > room:
@@ -245,6 +245,11 @@ class MessageReader:
             "a PDU of this type does not belong here",
             AbortReason.UNEXPECTED_PDU if known else AbortReason.UNRECOGNIZED_PDU,
         )
+
+
+def _check_number(fragments: int, size: int) -> None:
+    if fragments > MAX_FRAGMENTS + size // BYTES_PER_FRAGMENT:
+        raise ProtocolError("the fragments are too small")
 
 
 def _check_fragment(context_id: int, other: int, flags: int) -> None:

@@ -209,7 +209,8 @@ class DimseServer:
             try:
                 connection, address = listener.accept()
             except OSError as error:
-                if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+                # Another process was faster, or the peer has left already.
+                if error.errno not in {errno.EAGAIN, errno.ECONNABORTED}:
                     self._note_crowd(error.strerror or "no resources")
                     self._stop.wait(TICK)
                 continue

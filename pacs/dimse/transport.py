@@ -163,7 +163,7 @@ class Wire:
             more = self._receive(view[got:], self._flags)
             if more > 0:
                 got += more
-                if got < size and not self._is_tls:
+                if got < size:
                     self._tick(interruptible=False)
                 continue
             if got >= least:
@@ -242,13 +242,21 @@ class Wire:
         try:
             if last_words:
                 self.send((last_words,), LINGER)
-                self._socket.shutdown(socket.SHUT_WR)
+                self._say_goodbye()
                 self._drain()
         except (OSError, PeerGone, TimedOut):
             pass
         finally:
             self._view.release()
             self._socket.close()
+
+    def _say_goodbye(self) -> None:
+        """End our half: close_notify of TLS without waiting for the peer's, FIN."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            self._socket.settimeout(0)
+            with suppress(OSError, ValueError):
+                self._socket.unwrap()
+        self._socket.shutdown(socket.SHUT_WR)
 
     def _drain(self) -> None:
         until = time.monotonic() + LINGER

@@ -433,6 +433,22 @@ def test_shutdown_finishes_the_message_in_hand(node: DimseNode) -> None:
     assert sorted(node.recorder.closed) == ["stopped", "stopped"]
 
 
+def test_shutdown_does_not_wait_for_a_sender_that_goes_on(node: DimseNode) -> None:
+    ds = ct_slice(size=8)
+    raw = message(1, store_rq(ds.SOPInstanceUID), dataset_bytes(part10(ds)))
+    with RawPeer(node.port) as peer:
+        peer.associate()
+        sender = threading.Thread(target=_send_for_ever, args=(peer, raw))
+        sender.start()
+        for _ in range(10):
+            assert peer.read_response()[cmd.STATUS] == 0
+        node.shut_down()
+        peer.read_to_end()
+        sender.join()
+
+    assert node.recorder.closed == ["stopped"]
+
+
 def test_a_handler_that_breaks_answers_0110_and_the_association_goes_on(
     node: DimseNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -546,8 +562,9 @@ def test_mutated_conversations_leave_a_server_that_works(
 ) -> None:
     valid = conversation()
     made = random.Random(seed)  # noqa: S311  # the same each time
-    timers = {"acse_seconds": 2, "read_seconds": 2, "idle_seconds": 2}
-    with DimseNode(tmp_path, limits=LIMITS, **timers) as node:
+    with DimseNode(
+        tmp_path, limits=LIMITS, acse_seconds=2, read_seconds=2, idle_seconds=2
+    ) as node:
         alive(node)
         process = psutil.Process()
         before = (process.num_fds(), threading.active_count())

@@ -17,7 +17,7 @@ from pynetdicom.pdu_primitives import (
 from pynetdicom.sop_class import Verification
 
 from pacs.dimse import pdu
-from pacs.dimse.association import Association, Message
+from pacs.dimse.association import Association, Handler, Message
 from pacs.dimse.command import CommandField
 from pacs.dimse.negotiation import is_ae_title, negotiate
 from pacs.dimse.pdu import (
@@ -329,7 +329,7 @@ def test_a_handler_sees_its_association(tmp_path: Path) -> None:
         seen.append((association, message))
         raise ProtocolError("enough")
 
-    handlers = {CommandField.N_ACTION_RQ: handle}
+    handlers: dict[int, Handler] = {CommandField.N_ACTION_RQ: handle}
     with DimseNode(tmp_path, handlers=handlers) as node, RawPeer(node.port) as peer:
         peer.associate(((1, COMMITMENT, (IMPLICIT,)),))
         peer.request(

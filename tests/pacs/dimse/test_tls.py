@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,12 @@ from tests.support.dimse import (
     VERIFICATION,
     DimseNode,
     RawPeer,
+    abort_of,
     associate_rq,
+    message,
+    pdv,
     rejection_of,
+    store_rq,
 )
 
 
@@ -164,6 +169,27 @@ def test_b31_handshakes_below_the_profile_are_refused(
         with RawPeer(node.port) as plain:
             plain.associate()
             plain.release()
+
+
+def test_a_drip_inside_a_pdu_ends_with_its_timer(
+    tmp_path: Path, authority: Authority
+) -> None:
+    tls = settings(authority)
+    with DimseNode(tmp_path, tls=tls, read_seconds=0.5) as node:
+        with TlsPeer(node.tls_port, client(authority)) as peer:
+            peer.associate()
+            peer.send(message(1, store_rq("1.2.3")))
+            peer.send(pdv(1, 0, bytes(200_000))[:12])
+            peer.socket.settimeout(0.05)
+            answer, sent = b"", 0
+            while not answer and sent < 1000:
+                peer.send(b"\0")
+                sent += 1
+                with suppress(TimeoutError):
+                    answer = peer.socket.recv(100)
+        assert abort_of(answer) == (0, 0)
+        node.wait_closed()
+        assert node.recorder.closed == ["timeout"]
 
 
 def test_old_versions_are_refused(authority: Authority) -> None:
