@@ -13,6 +13,7 @@ Frames that are only wrapped or deflated are unwrapped here, without a process.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -24,7 +25,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from pacs.imaging import decoder, syntaxes
 from pacs.imaging.codestream import SHAPES, Shape
@@ -32,11 +33,14 @@ from pacs.imaging.dataset import Scan
 from pacs.imaging.encoding import PIXEL_DATA, Buffer
 from storage.kernel.errors import (
     DependencyDown,
+    ImagingError,
     MalformedObject,
     TooLarge,
     UnsupportedTransferSyntax,
 )
 from storage.kernel.limits import Limits
+
+log = logging.getLogger(__name__)
 
 SAMPLES, PHOTOMETRIC, PLANAR = 0x00280002, 0x00280004, 0x00280006
 ROWS, COLUMNS = 0x00280010, 0x00280011
@@ -180,6 +184,14 @@ def is_planar(transfer_syntax_uid: str, spec: DecodeSpec) -> bool:
     return wrapped and spec.samples > 1 and spec.planar == 1
 
 
+class DecoderObserver(Protocol):
+    """Who counts what decoders do."""
+
+    def decoded(self, codec: str, outcome: str, seconds: float) -> None:
+        """Note one request and how it ended: ``"decoded"``, or an error's code."""
+        ...
+
+
 class DecoderPool:
     """Decoder processes, started when needed; safe for use by many threads.
 
@@ -191,6 +203,9 @@ class DecoderPool:
         At most so many at a time.
     idle_seconds : float
         After which an unused process is ended.
+    max_waiting : int
+        Requests beyond it are refused at once.
+    observer : DecoderObserver, optional
     """
 
     def __init__(
@@ -200,8 +215,10 @@ class DecoderPool:
         processes: int = 1,
         idle_seconds: float = IDLE_SECONDS,
         max_waiting: int = MAX_WAITING,
+        observer: DecoderObserver | None = None,
     ) -> None:
         self._limits = limits
+        self._observer = observer
         self._idle_seconds = idle_seconds
         self._max_waiting = max_waiting
         self._room = threading.Semaphore(processes)
@@ -234,8 +251,20 @@ class DecoderPool:
             raise UnsupportedTransferSyntax(f"cannot decode {transfer_syntax_uid}")
         if spec.bits_allocated % 8:
             raise MalformedObject("impossible sample size", BITS_ALLOCATED)
-        shape = _checked(codec, data, spec)
-        return self._ask(codec, data, spec, shape)
+        started = time.perf_counter()
+        outcome = "failed"
+        try:
+            shape = _checked(codec, data, spec)
+            decoded = self._ask(codec, data, spec, shape)
+            outcome = "decoded"
+        except ImagingError as error:
+            outcome = error.code
+            raise
+        finally:
+            if self._observer is not None:
+                seconds = time.perf_counter() - started
+                self._observer.decoded(codec, outcome, seconds)
+        return decoded
 
     def close(self) -> None:
         """End all processes; nothing can be decoded afterwards."""
@@ -402,8 +431,10 @@ class _Process:
                 raise DependencyDown("the decoder answered nonsense")
             return outcome, bytes(self._receive(length, deadline))
         except TimeoutError:
+            log.warning("decoder took too long", extra={"decoder": self.pid})
             raise DependencyDown(f"the decoder took over {seconds:g} s") from None
         except (EOFError, OSError):
+            log.warning("decoder died", extra={"decoder": self.pid})
             raise DependencyDown("the decoder died of this code stream") from None
 
     def _receive(self, length: int, deadline: float) -> bytearray:

@@ -492,6 +492,31 @@ os.kill(os.getpid(), signal.SIGKILL)
     wait_until(lambda: not is_running(int(done.stdout)), "the decoder to end")
 
 
+def test_every_request_is_counted_with_its_end() -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Observer:
+        def decoded(self, codec: str, outcome: str, seconds: float) -> None:
+            assert seconds >= 0
+            seen.append((codec, outcome))
+
+    pool = DecoderPool(Limits(), observer=Observer())
+    array, spec = grey(8)
+    encoded = imagecodecs.jpegls_encode(array)
+    pool.decode(encoded, JPEG + "80", spec)
+    with pytest.raises(MalformedObject):
+        pool.decode(encoded[:40], JPEG + "80", spec)
+    (victim,) = pool.pids()
+    pool.close()
+    with pytest.raises(DependencyDown):
+        pool.decode(encoded, JPEG + "80", spec)
+    assert not is_running(victim)
+    assert seen == [
+        ("jpegls", "decoded"), ("jpegls", "input.malformed"),
+        ("jpegls", "unavailable.dependency"),
+    ]  # fmt: skip
+
+
 def test_what_has_no_decoder_is_refused(pool: DecoderPool) -> None:
     for syntax in (JPEG + "100", JPEG + "92", "1.2.840.10008.1.2.1", "1.2.3"):
         assert syntax not in CODECS

@@ -108,8 +108,9 @@ def _compare(ours: dict[str, Any], theirs: dict[str, Any], order: str) -> None:
 
 #: pydicom cannot write these as JSON, or reads their text otherwise.
 NOT_COMPARED = {
-    "chrSQEncoding.dcm", "chrSQEncoding1.dcm", "chinese-iso2022-ir58.dcm", "chinese-mislabelled-gbk-as-latin1.dcm",
-    "chinese-undeclared-gbk.dcm", "JLSL_RGB_ILV0.dcm", "JLSN_RGB_ILV0.dcm",
+    "chrSQEncoding.dcm", "chrSQEncoding1.dcm", "chinese-iso2022-ir58.dcm",
+    "chinese-mislabelled-gbk-as-latin1.dcm", "chinese-undeclared-gbk.dcm",
+    "JLSL_RGB_ILV0.dcm", "JLSN_RGB_ILV0.dcm",
 }  # fmt: skip
 
 
