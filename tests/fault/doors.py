@@ -335,7 +335,7 @@ class StowDoor(_NodeDoor):
         report = orjson.loads(answer.body)
         stored = report.get("00081199", {}).get("Value", [])
         failed = report.get("00081198", report.get("0008119A", {})).get("Value", [])
-        (one,) = [*stored, *failed]
+        (one,) = stored + failed
         sentence = answer.body.decode()
         if stored:
             warned = one.get("00081196", {}).get("Value")
