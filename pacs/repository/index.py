@@ -468,26 +468,32 @@ class IndexWriter:
     def _find_parents(
         self, run: Callable[..., _Cursor], key: ParentKey
     ) -> _Known | None:
-        study = run(
-            "SELECT id, patient_pk, patient_id, issuer, modalities, sop_classes"
-            " FROM study WHERE tenant=? AND study_instance_uid=?",
-            (key.tenant, key.study_instance_uid),
-        ).fetchone()
-        if study is not None and (study[2], study[3]) != (key.patient_id, key.issuer):
-            raise IdentityMismatch(
-                "the study is stored under another patient", PATIENT_ID_TAG
-            )
-        series = run(
-            "SELECT id, study_pk FROM series WHERE tenant=? AND series_instance_uid=?",
+        # One statement, one snapshot: what another process commits between two of
+        # them would look like a contradiction.
+        found = run(
+            "SELECT series.id, study.id, study.patient_pk, study.patient_id,"
+            " study.issuer, study.study_instance_uid"
+            " FROM series JOIN study ON study.id=series.study_pk"
+            " WHERE series.tenant=? AND series.series_instance_uid=?",
             (key.tenant, key.series_instance_uid),
         ).fetchone()
-        if series is None:
-            return None
-        if study is None or series[1] != study[0]:
+        if found is None:
+            patient = run(
+                "SELECT patient_id, issuer FROM study"
+                " WHERE tenant=? AND study_instance_uid=?",
+                (key.tenant, key.study_instance_uid),
+            ).fetchone()
+        elif found[5] != key.study_instance_uid:
             raise IdentityMismatch(
                 "the series is stored under another study", SERIES_UID_TAG
             )
-        return _Known(study[1], study[0], series[0])
+        else:
+            patient = found[3:5]
+        if patient is not None and tuple(patient) != (key.patient_id, key.issuer):
+            raise IdentityMismatch(
+                "the study is stored under another patient", PATIENT_ID_TAG
+            )
+        return None if found is None else _Known(found[2], found[1], found[0])
 
     def _make_parents(
         self, run: Callable[..., _Cursor], row: InstanceRow
