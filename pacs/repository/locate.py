@@ -138,12 +138,13 @@ def by_keys(
 
 def again(connection: Connection, instance: StoredInstance) -> StoredInstance | None:
     """Return the present location of an instance, or None when it is gone."""
-    # Keys of deleted rows may be given out again: only the UID is the instance's own.
+    # Keys of deleted rows may be given out again, and so may the UID, to other content.
     row = connection.execute(
         _JOINED.where(
             Instance.id == instance.pk,
             Instance.tenant == instance.tenant,
             Instance.sop_instance_uid == instance.sop_instance_uid,
+            Instance.digest == instance.digest,
         )
     ).first()
     return None if row is None else _stored(row)
