@@ -441,6 +441,11 @@ class RetrieveService:
             bits_allocated=instance.bits_allocated,
             subsampled=self._is_subsampled(instance, length, n_frames),
         )
+        if instance.transfer_syntax_uid == BIG_ENDIAN and instance.bits_allocated == 8:
+            # Only the element itself says whether bytes are swapped in pairs.
+            body = self._dataset_bytes(instance)
+            found = scan(body, 0, len(body), BIG_ENDIAN, self._limits)
+            return _FrameSource(table, read, found)
         return _FrameSource(table, read, None)
 
     def _is_subsampled(

@@ -21,6 +21,7 @@ from storage.kernel.errors import InvalidInput, MalformedObject, NotFound, TooLa
 from storage.kernel.limits import MIB, Limits
 from tests.fault.doors import ACTOR, Archive, Kind
 from tests.fault.objects import (
+    BIG,
     BITS_ALLOCATED,
     CHARSET,
     CLASS_UID,
@@ -564,6 +565,35 @@ def test_a44_a45_numbers_stay_json(archive: Archive) -> None:
     assert made["00189073"]["Value"] == ["NaN", "Infinity", "-Infinity"]
     assert made["00280009"]["Value"] == ["00181063", "00181065"]
     assert made["00091004"]["InlineBinary"] == "YWJj"
+
+
+@pytest.mark.parametrize(("vr", "first"), [("OW", b"\1\0\3\2"), ("OB", b"\0\1\2\3")])
+def test_a44_bytes_in_words_are_swapped_back(
+    archive: Archive, vr: str, first: bytes
+) -> None:
+    values = {
+        **O.base,
+        BITS_ALLOCATED: ("US", struct.pack(">H", 8)),
+        PIXEL_DATA: (vr, bytes(range(24))),
+    }
+    numbers = {
+        tag: struct.pack(">H", *struct.unpack("<H", value))
+        for tag, (kind, value) in O.base.items()
+        if kind == "US"
+    }
+    body = b""
+    for tag in sorted(values):
+        kind, value = values[tag]
+        if tag != BITS_ALLOCATED:
+            value = numbers.get(tag, value)
+        head = struct.pack(">HH2s", tag >> 16, tag & 0xFFFF, kind.encode())
+        long = kind in {"OW", "OB"}
+        body += head + struct.pack(">xxI" if long else ">H", len(value)) + value
+    stored = keep(archive, body, BIG)
+    data = archive.retrieve.frame(stored, 1).data
+    assert data[:4] == first
+    converted = served(archive, EXPLICIT)
+    assert converted[-24:] == data
 
 
 @pytest.mark.parametrize("claimed", [b"text/html\r\nX-Evil: 1 ", b"", b"nonsense"])

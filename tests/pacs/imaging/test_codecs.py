@@ -53,7 +53,9 @@ def noise(shape: tuple[int, ...], bits: int, seed: int = 1) -> np.ndarray[Any, A
     made = np.random.default_rng(seed)
     ramp = np.indices(shape)[:2].sum(0) * (2**bits // (4 * shape[0]))
     values = ramp + made.integers(0, 2 ** max(1, bits - 3), shape)
-    return (values % 2**bits).astype(np.uint8 if bits <= 8 else np.uint16)
+    made_of: type[np.unsignedinteger[Any]] = np.uint8 if bits <= 8 else np.uint16
+    noisy: np.ndarray[Any, Any] = (values % 2**bits).astype(made_of)
+    return noisy
 
 
 def grey(bits: int) -> tuple[np.ndarray[Any, Any], DecodeSpec]:
@@ -147,7 +149,7 @@ def test_a_lossy_frame_comes_back_much_as_it_was(
 def test_rle_of_another_encoder_is_read(pool: DecoderPool) -> None:
     array, spec = grey(16)
 
-    class Runner:
+    class Asked:
         rows, columns, samples_per_pixel, bits_allocated = 48, 33, 1, 16
         photometric_interpretation = "MONOCHROME2"
         planar_configuration = 0
@@ -157,7 +159,8 @@ def test_rle_of_another_encoder_is_read(pool: DecoderPool) -> None:
         def get_option(name: str, default: Any = None) -> Any:
             return {"byteorder": "<"}.get(name, default)
 
-    encoded = bytes(_encode_frame(array.astype("<u2").tobytes(), Runner()))
+    runner: Any = Asked()
+    encoded = bytes(_encode_frame(array.astype("<u2").tobytes(), runner))
     assert pool.decode(encoded, RLE, spec) == array.astype("<u2").tobytes()
 
 

@@ -438,6 +438,20 @@ def test_the_result_is_bounded(pool: DecoderPool) -> None:
         to_syntax(native, EXPLICIT, IMPLICIT, pool, Limits(inflated_bytes=20_000))
 
 
+def test_many_frames_are_not_held_twice(pool: DecoderPool) -> None:
+    import tracemalloc
+
+    frame = imagecodecs.jpegls_encode(np.zeros((512, 512), np.uint16))
+    ds = encapsulated([frame] * 64, Rows=512, Columns=512)
+    body = raw(ds, JPEG_LS)
+    tracemalloc.start()
+    made = to_syntax(body, JPEG_LS, EXPLICIT, pool, Limits())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(made) > 32 * MIB
+    assert peak < 1.5 * len(made)
+
+
 def test_what_cannot_be_converted_says_so(pool: DecoderPool) -> None:
     video = "1.2.840.10008.1.2.4.102"
     for stored, target in ((video, EXPLICIT), (EXPLICIT, BIG), (EXPLICIT, JPEG_LS),
