@@ -146,7 +146,9 @@ def _is_sendable(path: Path) -> bool:
     return meta is not None and bool(meta.sop_class_uid and meta.sop_instance_uid)
 
 
-@pytest.mark.parametrize("path", [p for p in PARAMS if _is_sendable(p.values[0])])
+@pytest.mark.parametrize(
+    "path", [p for p in PARAMS if _is_sendable(Path(str(p.values[0])))]
+)
 def test_broken_cstore(path: Path, shared_node: RunningNode) -> None:
     door = StoreDoor(shared_node)
     kind, _ = EXPECTED[path.stem]

@@ -20,7 +20,7 @@ ITEM = (
     (0x00081155, b"UI", "1.2.3.4"),
     (0x00081197, b"US", 0x0112),
 )
-ELEMENTS = [
+ELEMENTS: identifier.Item = [
     (0x00080052, b"CS", "IMAGE"),
     (0x00080058, b"UI", "1.2\\1.2.345"),
     (0x00081198, b"SQ", [ITEM, ITEM]),
