@@ -310,6 +310,16 @@ class JobRunner:
                 extra={"event": "job.given_up", "job": name, "attempt": attempt},
             )
             return {"state": "failed", "error": failure}
+        log.warning(
+            "job waits: %s",
+            failure,
+            extra={
+                "event": "job.waits",
+                "job": name,
+                "attempt": attempt,
+                "seconds": round(pause, 1),
+            },
+        )
         return {"state": "retry", "error": failure, "pause": pause}
 
     def _enqueue(

@@ -216,9 +216,9 @@ class PyScp:
         self.port = 0
 
     @contextmanager
-    def running(self) -> Iterator[Self]:
+    def running(self, port: int = 0) -> Iterator[Self]:
         server = self.entity.start_server(
-            ("127.0.0.1", 0),
+            ("127.0.0.1", port),
             block=False,
             evt_handlers=[
                 (evt.EVT_C_STORE, self._store),
