@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 from pacs.dimse import command as cmd
 from pacs.dimse.command import CommandField, Value
-from pacs.dimse.pdu import COMMAND, AbortReason, ProtocolError, data_pdus
+from pacs.dimse.pdu import (
+    COMMAND,
+    LAST,
+    PDU_AND_PDV,
+    AbortReason,
+    PduType,
+    ProtocolError,
+    data_pdus,
+)
 from pacs.dimse.pdv import MessageReader, ReleaseRequested
 from pacs.dimse.status import Status
 from pacs.dimse.transport import PeerGone, TimedOut, Wire
@@ -144,11 +152,9 @@ class Association:
             raise ProtocolError("a message was cut off", AbortReason.NOT_SPECIFIED)
         if cmd.STATUS in command:
             self.last_status = cmd.number(command, cmd.STATUS)
-        self._put(
-            data_pdus(
-                context_id, COMMAND, cmd.encode(command), self.max_send, last=True
-            )
-        )
+        pdus = self.encoded(context_id, command)
+        self._out.append(pdus)
+        self._out_bytes += len(pdus)
         if dataset is not None:
             # Until it is whole, nothing but an abort can follow.
             self._torn = True
@@ -163,6 +169,12 @@ class Association:
     def encoded(self, context_id: int, command: dict[int, Value]) -> bytes:
         """Return the PDUs of a command set that goes out many times."""
         raw = cmd.encode(command)
+        size = len(raw) + 6
+        if size <= self.max_send:
+            head = PDU_AND_PDV.pack(
+                PduType.DATA, size, size - 4, context_id, COMMAND | LAST
+            )
+            return head + raw
         return b"".join(data_pdus(context_id, COMMAND, raw, self.max_send, last=True))
 
     def post_encoded(self, context_id: int, command: bytes, dataset: bytes) -> None:

@@ -37,6 +37,8 @@ NO_DATASET = 0x0101
 
 _HEAD = struct.Struct("<HHI")
 _U16 = struct.Struct("<H")
+_SHORT = struct.Struct("<HHIH")
+_GROUP_LENGTH = struct.Struct("<HHII")
 _SHORTS = frozenset(
     (FIELD, MESSAGE_ID, RESPONDED_ID, PRIORITY, DATASET_TYPE, STATUS, EVENT_TYPE,
      ACTION_TYPE, REMAINING, COMPLETED, FAILED, WARNING, MOVE_ORIGINATOR_ID)
@@ -99,19 +101,18 @@ def decode(raw: bytes | bytearray | memoryview) -> dict[int, Value]:
 
 def encode(values: dict[int, Value]) -> bytes:
     """Return the command set with its group length; elements in ascending order."""
-    body = bytearray()
+    parts = [b""]
     for element in sorted(values):
         value = values[element]
         if isinstance(value, int):
-            raw = _U16.pack(value)
-        elif isinstance(value, bytes):
-            raw = value
-        else:
-            raw = value.encode("latin-1", "replace")
-            if len(raw) % 2:
-                raw += b"\0" if element in _UIDS else b" "
-        body += _HEAD.pack(0, element, len(raw)) + raw
-    return _HEAD.pack(0, 0, 4) + struct.pack("<I", len(body)) + bytes(body)
+            parts.append(_SHORT.pack(0, element, 2, value))
+            continue
+        raw = value if isinstance(value, bytes) else value.encode("latin-1", "replace")
+        if len(raw) % 2:
+            raw += b"\0" if element in _UIDS else b" "
+        parts += (_HEAD.pack(0, element, len(raw)), raw)
+    parts[0] = _GROUP_LENGTH.pack(0, 0, 4, sum(map(len, parts)))
+    return b"".join(parts)
 
 
 def text(values: dict[int, Value], element: int) -> str:
