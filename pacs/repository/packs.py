@@ -373,8 +373,9 @@ def abandoned(connection: Connection, before_us: int, limit: int) -> list[PackRo
 def due_tenants(connection: Connection, now_us: int) -> list[tuple[str, int]]:
     """Return tenants with bytes to erase now, each with its last such deletion.
 
-    Deleted bytes are due at half their time, so that deletions share a rewrite;
-    replaced content is kept until its time is over.
+    Deleted bytes are due at half their time, so that deletions share a rewrite.
+    Replaced content is kept until its time is over, unless its pack is rewritten for
+    the sake of something else before.
     """
     half = Deletion.deleted_us + (Deletion.deadline_us - Deletion.deleted_us) // 2
     due = case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ from storage.kernel.types import Actor, Digest, Door, Role, Source, TenantId
 from storage.objects.protocol import ObjectStore
 from storage.outbox import ChangeFeed, Event, Relay
 from storage.packs.reader import PackReader
+from storage.packs.seal import PackBuilder
 from storage.packs.writer import PackWriter
 from tests.support.datasets import dataset_bytes, part10
 
@@ -302,6 +304,11 @@ def payload_of(event: Event) -> dict[str, Any]:
     """Return a copy of the payload, as JSON gives it."""
     copied: dict[str, Any] = orjson.loads(orjson.dumps(dict(event.payload)))
     return copied
+
+
+def let_go(builder: PackBuilder, *_: object) -> None:
+    """End a pack under way as a killed process does: nothing is tidied up."""
+    os.close(builder._fd)  # noqa: SLF001  # what the kernel does
 
 
 def lives(folder: Path, url: str, objects: ObjectStore, **more: Any) -> Iterator[Life]:

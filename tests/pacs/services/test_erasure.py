@@ -22,6 +22,7 @@ from tests.support.lifecycle import (
     Life,
     admin,
     content,
+    let_go,
     lives,
 )
 
@@ -264,6 +265,7 @@ def test_a_rewrite_that_is_killed_loses_and_keeps_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, dies)
+        patch.setattr(PackBuilder, "__exit__", let_go)
         with pytest.raises(Killed):
             life.erasure.tick()
     assert life.bytes_of(uid(1, 1, 2)) == content(kept)
@@ -276,6 +278,7 @@ def test_a_rewrite_that_is_killed_loses_and_keeps_nothing(
     assert MARK.encode() not in life.everywhere()
     assert erased(life) == [True]
     assert life.bytes_of(uid(1, 1, 2)) == content(kept)
+    assert list(life.folder.glob("??/*.partial")) == []
     copies = life.everywhere().count(content(kept))
     assert copies == 1
 

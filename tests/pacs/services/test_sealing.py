@@ -25,6 +25,7 @@ from tests.support.lifecycle import (
     Life,
     admin,
     content,
+    let_go,
     lives,
 )
 
@@ -297,15 +298,18 @@ def test_a_job_that_is_killed_leaves_nothing_but_an_orphan(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, dies)
+        patch.setattr(PackBuilder, "__exit__", let_go)
         with pytest.raises(Killed):
             life.sealing.seal(SEAL)
     for number in (1, 2):
         assert life.bytes_of(uid(1, 1, number)) == content(ct_slice(number=number))
 
+    assert life.recover().findings == []
     life.sealing.seal(SEAL)
     life.clock.turn(DAY + 1)
     life.retirement.tick()
 
+    assert list(life.folder.glob("??/*.partial")) == []
     assert [place[:3] for place in places(life)] == [("sealed", "object", "closed")] * 2
     assert len(list(life.objects.list("packs/"))) == 1
     assert life.rows("SELECT count(*) FROM pack WHERE place='object'") == [(1,)]
