@@ -9,7 +9,6 @@ from typing import Protocol
 
 from storage.kernel.types import Actor, Digest, Source
 
-
 #: Bit of `instance.flags`: Huying made the object (core: settling).
 FLAG_OWN = 8
 
