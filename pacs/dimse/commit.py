@@ -42,8 +42,8 @@ FAILED_SEQUENCE = 0x00081198
 REFERENCED_SEQUENCE = 0x00081199
 
 #: A requestor that we cannot call back is answered on its own association, when
-#: there is no more to check than this.
-MAX_AT_ONCE = 1000
+#: checking takes no longer than this.
+AT_ONCE_SECONDS = 5.0
 ANSWER_SECONDS = 30.0
 
 
@@ -91,7 +91,7 @@ class CommitHandler:
             return
         _answer(association, message, Status.SUCCESS)
         peer = self.peers.find(association.calling_ae)
-        if (peer is None or not peer.port) and len(references) <= MAX_AT_ONCE:
+        if peer is None or not peer.port:
             self._report_here(association, message.context_id, pk)
 
     def _read(
@@ -123,7 +123,7 @@ class CommitHandler:
     def _report_here(self, association: Association, context_id: int, pk: int) -> None:
         """Deliver on the requestor's association; the worker goes on if that fails."""
         try:
-            report = self.commitment.check(pk)
+            report = self.commitment.check(pk, within_seconds=AT_ONCE_SECONDS)
         except Unavailable:
             return
         if report is None or association.stopping():

@@ -8,6 +8,8 @@ the result until the requestor has taken it. The result stays and can be asked f
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,7 +25,13 @@ from pacs.services.retrieve import RetrieveService
 from storage import outbox
 from storage.db.engine import Database
 from storage.kernel.clock import Clock
-from storage.kernel.errors import Conflict, CorruptData, NotFound, TooLarge
+from storage.kernel.errors import (
+    Conflict,
+    CorruptData,
+    NotFound,
+    TooLarge,
+    Unavailable,
+)
 from storage.kernel.limits import MIB
 from storage.kernel.types import Actor, Role, TenantId
 from storage.outbox import Event
@@ -194,14 +202,16 @@ class CommitmentService:
 
         return work
 
-    def check(self, pk: int) -> Report | None:
+    def check(self, pk: int, *, within_seconds: float = math.inf) -> Report | None:
         """Return the result, found now or before; None when the request is gone.
 
         Raises
         ------
         Unavailable
-            The index or the object store does not answer: nothing is known yet.
+            The index or the object store does not answer, or looking takes longer
+            than `within_seconds`: nothing is known yet.
         """
+        until = time.monotonic() + within_seconds
         with self._database.read() as connection:
             row = connection.execute(
                 select(CommitmentRequest).where(CommitmentRequest.id == pk)
@@ -212,7 +222,7 @@ class CommitmentService:
             return _report(row, orjson.loads(row.result))
         references = [Reference(*pair) for pair in orjson.loads(row.request)]
         actor = Actor(TenantId(row.tenant), row.peer_ae, roles=frozenset({Role.SYSTEM}))
-        failed = list(self._failures(actor, references))
+        failed = list(self._failures(actor, references, until))
         with self._database.write() as connection:
             connection.execute(
                 update(CommitmentRequest)
@@ -222,7 +232,7 @@ class CommitmentService:
         return _report(row, failed)
 
     def _failures(
-        self, actor: Actor, references: Sequence[Reference]
+        self, actor: Actor, references: Sequence[Reference], until: float
     ) -> Iterator[tuple[int, int]]:
         """Yield place and reason of each reference that cannot be committed."""
         for start in range(0, len(references), BATCH):
@@ -235,29 +245,31 @@ class CommitmentService:
                 )
             }
             for place, one in enumerate(batch, start):
-                reason = self._reason(one, found.get(one.sop_instance_uid))
+                reason = self._reason(one, found.get(one.sop_instance_uid), until)
                 if reason is not None:
                     yield place, reason
 
     def _reason(
-        self, reference: Reference, stored: StoredInstance | None
+        self, reference: Reference, stored: StoredInstance | None, until: float
     ) -> FailureReason | None:
         if stored is None:
             return FailureReason.NO_SUCH_INSTANCE
         if stored.sop_class_uid != reference.sop_class_uid:
             return FailureReason.CLASS_CONFLICT
         try:
-            intact = self._digest(stored) == stored.digest
+            intact = self._digest(stored, until) == stored.digest
         except NotFound:
             return FailureReason.NO_SUCH_INSTANCE
         except CorruptData:
             intact = False
         return None if intact else FailureReason.PROCESSING_FAILURE
 
-    def _digest(self, stored: StoredInstance) -> bytes:
+    def _digest(self, stored: StoredInstance, until: float) -> bytes:
         """Return the digest of the data set as it lies in its pack now."""
         digest = hashlib.sha256()
         for offset in range(stored.dataset_offset, stored.object_length, CHUNK):
+            if time.monotonic() > until:
+                raise Unavailable("checking takes longer than allowed here")
             digest.update(self._retrieve.read_object(stored, offset, CHUNK))
         return digest.digest()
 

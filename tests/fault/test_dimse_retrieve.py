@@ -290,7 +290,11 @@ def test_b18_cancel_of_nothing_is_ignored(node: Archive, wrong: bool) -> None:  
 def test_b23_move_to_unknown_destination(node: Archive) -> None:
     node.store_all(a_study())
 
-    assert move(node, "NOBODY").status == 0xA801
+    node.add_peer("ELSEWHERE", 104, tenant="other")
+    node.add_peer("NOWHERE", 0, host="")
+
+    for title in ("NOBODY", "ELSEWHERE", "NOWHERE", ""):
+        assert move(node, title).status == 0xA801
 
 
 def test_b23_destination_refuses_the_association(node: Archive) -> None:

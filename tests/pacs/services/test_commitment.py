@@ -16,7 +16,7 @@ from pacs.services.commitment import (
     Report,
     TransactionInUse,
 )
-from storage.kernel.errors import DependencyDown, TooLarge
+from storage.kernel.errors import DependencyDown, TooLarge, Unavailable
 from storage.kernel.types import Actor, TenantId
 from storage.kernel.uids import new_uid
 from tests.support.archive import ADMIN, Archive, archive
@@ -140,3 +140,16 @@ def test_delivered_transactions_are_forgotten_in_time(node: Archive) -> None:
     assert node.commitment.find(ADMIN, gone) == []
     assert len(node.commitment.find(ADMIN, kept)) == 1
     assert node.commitment.check(10**6) is None
+
+
+def test_a_look_that_takes_too_long_decides_nothing(node: Archive) -> None:
+    uids = node.store_all(a_study())
+    transaction = new_uid()
+    pk = ask(node, *uids, transaction=transaction)
+
+    with pytest.raises(Unavailable, match="longer"):
+        node.commitment.check(pk, within_seconds=-1)
+
+    [found] = node.commitment.find(ADMIN, transaction)
+    assert found.report is None
+    assert len(node.check_commitment(transaction).committed) == 3
