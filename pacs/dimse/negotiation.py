@@ -20,6 +20,7 @@ from pacs.dimse.pdu import (
     NegotiatedContext,
     ProposedContext,
     ProtocolError,
+    encode_associate_rj,
 )
 from pacs.dimse.selection import GET_CLASSES, MOVE_CLASSES
 from pacs.imaging import sopclasses, syntaxes
@@ -67,6 +68,10 @@ class Rejection:
     source: int
     reason: int
     words: str
+
+    def encoded(self) -> bytes:
+        """Return the A-ASSOCIATE-RJ."""
+        return encode_associate_rj(self.result, self.source, self.reason)
 
 
 NO_REASON: Final = Rejection(1, 1, 1, "no reason given")

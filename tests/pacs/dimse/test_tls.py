@@ -13,7 +13,7 @@ from pynetdicom import AE
 from pynetdicom.sop_class import CTImageStorage, Verification
 
 from pacs.dimse import command as cmd
-from pacs.dimse.server import tls_context
+from pacs.dimse.tls import tls_context
 from pacs.services.policy import KnownPeer
 from storage.kernel.errors import InvalidParameter
 from storage.kernel.limits import KIB, Limits
