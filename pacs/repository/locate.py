@@ -11,7 +11,6 @@ from sqlalchemy import (
     Row,
     Select,
     and_,
-    bindparam,
     select,
 )
 
@@ -153,17 +152,15 @@ def again(connection: Connection, instance: StoredInstance) -> StoredInstance | 
 def is_present(connection: Connection, instance: StoredInstance) -> bool:
     """Tell whether the instance is still what its row says.
 
-    The UID is compared too: the key of a deleted row may be given out again.
+    The UID is compared too: the key of a deleted row may be given out again. The
+    statement goes to the driver as it is: frames are asked for by the thousand.
     """
-    row = connection.execute(
-        _PRESENT, {"pk": instance.pk, "uid": instance.sop_instance_uid}
+    mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
+    row = connection.exec_driver_sql(
+        f"SELECT digest FROM instance WHERE id = {mark} AND sop_instance_uid = {mark}",  # noqa: S608
+        (instance.pk, instance.sop_instance_uid),
     ).first()
-    return row is not None and row[0] == instance.digest
-
-
-_PRESENT = select(Instance.digest).where(
-    Instance.id == bindparam("pk"), Instance.sop_instance_uid == bindparam("uid")
-)
+    return row is not None and bytes(row[0]) == instance.digest
 
 
 def frame_table(connection: Connection, instance: StoredInstance) -> bytes | None:

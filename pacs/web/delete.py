@@ -7,7 +7,13 @@ from typing import Annotated, Protocol
 
 from fastapi import APIRouter, Depends, Response
 
-from pacs.web.dependencies import Policy, access_policy, current_actor, path_uid
+from pacs.web.dependencies import (
+    Policy,
+    access_policy,
+    context,
+    current_actor,
+    path_uid,
+)
 from storage.kernel.types import Actor
 
 router = APIRouter(tags=["delete"])
@@ -34,6 +40,7 @@ async def deletion_service() -> Deletion:
     raise NotImplementedError
 
 
+@context
 @dataclass(frozen=True, slots=True)
 class _Asked:
     actor: Annotated[Actor, Depends(current_actor)]

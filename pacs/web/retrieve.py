@@ -23,6 +23,7 @@ from pacs.web.dependencies import (
     StoredRoute,
     access_policy,
     base_url,
+    context,
     current_actor,
     path_uid,
     readable,
@@ -46,6 +47,7 @@ async def retrieve_service() -> RetrieveService:
     raise NotImplementedError
 
 
+@context
 @dataclass(frozen=True, slots=True)
 class RetrieveContext:
     """What every retrieve route needs."""

@@ -1,4 +1,4 @@
-"""All DICOMweb routers, in the order in which they are mounted."""
+"""All DICOMweb routers, those asked for most first."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pacs.web import delete, frames, metadata, retrieve, search, store
 
 #: Under ``/dicom-web``.
 DICOMWEB = (
-    search.router,
-    store.router,
-    retrieve.router,
-    metadata.router,
     frames.router,
+    metadata.router,
+    search.router,
+    retrieve.router,
+    store.router,
     delete.router,
 )
 #: Under ``/api/v1``.

@@ -24,6 +24,7 @@ from pacs.web.dependencies import (
     Policy,
     access_policy,
     base_url,
+    context,
     current_actor,
     path_uid,
 )
@@ -55,6 +56,7 @@ async def query_service() -> Search:
     raise NotImplementedError
 
 
+@context
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What every search route needs."""

@@ -15,6 +15,7 @@ from pacs.web.dependencies import (
     Policy,
     access_policy,
     base_url,
+    context,
     current_actor,
     path_uid,
 )
@@ -66,6 +67,7 @@ async def intake() -> Intake:
     raise NotImplementedError
 
 
+@context
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What both store routes need."""
