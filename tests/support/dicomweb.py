@@ -47,6 +47,7 @@ class Archive:
     folder: Path
     limits: Limits = field(default_factory=Limits)
     rules: Rules | None = None
+    url: str = ""
     database: Database = field(init=False)
     packs: PackWriter = field(init=False)
     reader: PackReader = field(init=False)
@@ -56,7 +57,7 @@ class Archive:
     decoders: DecoderPool = field(init=False)
 
     def __post_init__(self) -> None:
-        url = f"sqlite:///{self.folder / 'index.db'}"
+        url = self.url or f"sqlite:///{self.folder / 'index.db'}"
         migrate.upgrade(url)
         self.database = Database(url)
         self.packs = PackWriter(self.folder / "packs", roll_bytes=1 << 30)
