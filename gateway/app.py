@@ -236,7 +236,7 @@ def _keep_book(node: Node, stop: threading.Event) -> None:
     """Keep the rows of this process' packs in step with its files."""
     while not stop.wait(BOOK_SECONDS):
         try:
-            node.book.tick(node.packs)
+            node.book.tick(node.packs, node.reader)
         except Unavailable as error:
             log.warning("pack book: %s", error, extra={"event": "packbook.failed"})
 

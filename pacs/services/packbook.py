@@ -6,34 +6,25 @@ closes packs that the worker wants to rewrite, and lets go of packs that were un
 
 from __future__ import annotations
 
-import logging
 import threading
 
 from pacs.repository import packs as rows
 from storage.db.engine import Database
-from storage.kernel.errors import ImagingError
 from storage.packs.reader import PackReader
 from storage.packs.writer import PackWriter
-
-log = logging.getLogger(__name__)
-
-PAUSE_SECONDS = 5.0
-STOP_SECONDS = 10.0
 
 
 class PackBook:
     """Keep rows and files of a process' packs in step.
 
-    Pass `closed` to the writer as `on_closed`; then `start`, and `stop` after the
-    writer was closed.
+    Pass `closed` to the writer as `on_closed`, `tick` every few seconds, and `flush`
+    after the writer was closed; what is left undone is recovery's.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._closed: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def closed(self, key: str, size: int) -> None:
         """Remember a pack that no longer grows.
@@ -43,45 +34,6 @@ class PackBook:
         """
         with self._lock:
             self._closed[key] = size
-
-    def start(
-        self, packs: PackWriter, reader: PackReader, seconds: float = PAUSE_SECONDS
-    ) -> None:
-        """Tick in a thread of its own; after forking."""
-        self._thread = threading.Thread(
-            target=self._run,
-            args=(packs, reader, seconds),
-            name="packbook",
-            daemon=True,
-        )
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread and note what was closed; recovery does what fails here."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join(STOP_SECONDS)
-        try:
-            self.flush()
-        except ImagingError as error:
-            log.warning(
-                "closed packs are not noted: %s",
-                error,
-                extra={"event": "packbook.failed", "code": error.code},
-            )
-
-    def _run(self, packs: PackWriter, reader: PackReader, seconds: float) -> None:
-        while not self._stopping.wait(seconds):
-            try:
-                self.tick(packs, reader)
-            except ImagingError as error:
-                log.warning(
-                    "packs are not looked after: %s",
-                    error,
-                    extra={"event": "packbook.failed", "code": error.code},
-                )
-            except Exception:
-                log.exception("packbook failed", extra={"event": "packbook.failed"})
 
     def tick(self, packs: PackWriter, reader: PackReader) -> int:
         """Do what is to do now; return how many packs were closed."""

@@ -12,7 +12,6 @@ from pacs.repository import packs as rows
 from storage.objects.files import FileObjectStore
 from tests.support.datasets import ct_slice, uid
 from tests.support.lifecycle import Life, admin, content, lives
-from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -55,17 +54,17 @@ def test_a_pack_that_closes_before_its_first_row_is_noted_later(life: Life) -> N
     assert states(life) == [("closed", 64)]
 
 
-def test_the_thread_closes_what_is_asked_for(life: Life) -> None:
+def test_a_pack_is_closed_when_that_is_asked_for(life: Life) -> None:
     life.store(ct_slice())
     [path] = life.files()
-    life.book.start(life.packs, life.reader, seconds=0.01)
-    try:
-        with life.database.write() as connection:
-            rows.ask_to_close(connection, [path.stem], 1)
-        wait_until(lambda: states(life)[0][0] == "closed", "the pack to be closed")
-    finally:
-        life.book.stop()
+    life.book.tick(life.packs, life.reader)
+    assert life.packs.open_keys() == [path.stem]
+    with life.database.write() as connection:
+        rows.ask_to_close(connection, [path.stem], 1)
 
+    life.book.tick(life.packs, life.reader)
+
+    assert states(life) == [("closed", path.stat().st_size)]
     life.store(ct_slice(number=2))
     assert len(life.files()) == 2
 
