@@ -310,6 +310,17 @@ A13_TO_A23 = [
     Case("a15_no_fragments", lambda o: o.file(o.encapsulated([]), JPEG_LS),
          Kind.WARNED, (PIXEL_DATA,)),
     Case("a16_too_long", _with(PIXEL_DATA, "OW", bytes(200)), Kind.STORED),
+    *(
+        Case(f"a17_{name}", lambda o, lut=lut: o.file(o.dataset({
+                 0x00280004: ("CS", b"PALETTE COLOR "), **lut})),
+             Kind.STORED)
+        for name, lut in (
+            ("no_tables", {}),
+            ("short_table", {0x00281101: us(256, 0, 16), 0x00281201: ("OW", b"ab")}),
+            ("overflow", {0x00281101: us(0, 65_535, 16),
+                          0x00281201: ("OW", bytes(131_072))}),
+        )
+    ),
     Case("a18_no_frames", _with(FRAMES, "IS", b"0 "), Kind.WARNED, (FRAMES,)),
     Case("a18_minus_one", _with(FRAMES, "IS", b"-1"), Kind.WARNED, (FRAMES,)),
     Case("a18_billion", _with(FRAMES, "IS", b"1000000000"), Kind.WARNED,

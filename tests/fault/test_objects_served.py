@@ -118,6 +118,14 @@ def test_a10_a_million_empty_elements(tmp_path: Path) -> None:
     archive.close()
 
 
+def test_a10_a_million_elements_are_refused_by_default(archive: Archive) -> None:
+    many = element(0x00091001, "LO") * 1_000_001
+    answer = archive.send(O.file(O.dataset() + many))
+    assert answer.kind is Kind.TOO_LARGE
+    assert answer.text == "more than 1000000 (elements)"
+    assert peak_of(lambda: archive.send(O.file(O.dataset() + many))) < 48 * MIB
+
+
 def test_a11_deflate_bomb(tmp_path: Path) -> None:
     bomb = deflated(O.dataset(tail=element(0x7FE10010, "OB", bytes(300 * MIB))))
     assert len(bomb) < MIB

@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import imagecodecs
@@ -41,6 +42,7 @@ from tests.fault.objects import (
     item,
     nested,
 )
+from tests.support.corpus import files, needs_corpus
 
 LIMITS = Limits(
     elements=2000, sequence_depth=16, inflated_bytes=4 * MIB, inflation_ratio=10
@@ -245,6 +247,45 @@ def _no_constant(name: str) -> None:
 @given(mutated())
 def test_mutated_objects_are_read_or_refused(case: tuple[bytes, str]) -> None:
     _read_all(*case)
+
+
+#: One object of each SOP class and syntax of the corpus, small ones.
+CORPUS = [
+    path
+    for folder in ("objects", "charsets", "syntaxes", "broken")
+    for path in files(folder)
+    if path.stat().st_size < 60_000
+]
+
+
+@needs_corpus
+@pytest.mark.parametrize("path", CORPUS, ids=lambda p: "/".join(p.parts[-2:]))
+def test_mutated_objects_of_the_corpus(path: Path) -> None:
+    data = path.read_bytes()
+    try:
+        meta = read_file_meta(data, accept_without_preamble=True)
+        assert meta is not None
+        syntax = get(meta.transfer_syntax_uid)
+    except ImagingError:
+        return
+    body = data[meta.dataset_offset :]
+    if syntax.deflated or not body:
+        return
+    made = np.random.default_rng(len(data))
+    for _ in range(15):
+        broken = bytearray(body)
+        for _ in range(int(made.integers(1, 6))):
+            at = int(made.integers(0, len(broken)))
+            kind = int(made.integers(0, 4))
+            if kind == 0:
+                broken[at] ^= int(made.integers(1, 256))
+            elif kind == 1:
+                del broken[at + 1 : at + int(made.integers(1, 100))]
+            elif kind == 2:
+                broken[at:at] = broken[: int(made.integers(1, 100))]
+            else:
+                broken[at : at + 4] = struct.pack("<I", int(made.integers(0, 2**32)))
+        _read_all(bytes(broken), syntax.uid)
 
 
 @settings(QUICK, max_examples=300)
