@@ -204,9 +204,9 @@ class Reception:
 
     async def end(self) -> None:
         """Complete it."""
-        part, self._part = self._part, None
-        if part is not None:
-            await part.end()
+        if self._part is not None:
+            await self._part.end()
+            self._part = None
 
     def refuse(
         self, error: ImagingError, class_uid: str = "", instance_uid: str = ""

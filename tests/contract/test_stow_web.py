@@ -14,6 +14,7 @@ import orjson
 import pydicom
 import pytest
 
+from storage.kernel.errors import DependencyDown, StorageFull
 from storage.kernel.limits import KIB, MIB, Limits
 from tests.support.datasets import a_study, ct_slice, dataset_bytes, part10, uid
 from tests.support.dicomweb import TENANT, WebArchive, multipart, split, web_archive
@@ -362,4 +363,29 @@ def test_what_was_stored_can_be_retrieved_as_multipart(web: WebArchive) -> None:
 
 def test_files_of_an_empty_folder_start_an_archive(tmp_path: Path) -> None:
     with web_archive(tmp_path) as web:
+        assert post(web, [part10(ct_slice())]).status == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (StorageFull("full"), 507),
+        (DependencyDown("down"), 503),
+        (ValueError("a bug"), 409),
+    ],
+)
+def test_when_nothing_can_be_stored_the_status_says_whose_fault_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    def fail(_arrival: object) -> None:
+        raise error
+
+    with web_archive(tmp_path) as web:
+        with monkeypatch.context() as patched:
+            patched.setattr(web.archive.ingest, "accept", fail)
+            answer = post(web, [part10(ct_slice())])
+
+        assert answer.status == status
+        assert ("retry-after" in answer.headers) == (status == 503)
+        assert b"a bug" not in answer.body
         assert post(web, [part10(ct_slice())]).status == 200
