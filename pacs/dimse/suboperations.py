@@ -76,14 +76,16 @@ class Progress:
             has cancelled.
         """
         tally = self.tally
-        if not self._cancelled:
+        # A cancel that comes with the last sub-operation stops nothing.
+        cancelled = self._cancelled and tally.remaining > 0
+        if not cancelled:
             left = [one for one in instances if one.pk not in self._done]
             tally.fail_all(left, reason)
-        status = tally.final_status(cancelled=self._cancelled)
+        status = tally.final_status(cancelled=cancelled)
         response = cmd.response(
             self._message.command, status, has_dataset=bool(tally.failed_uids)
         )
-        response.update(tally.counts(remaining=self._cancelled))
+        response.update(tally.counts(remaining=cancelled))
         if tally.failed:
             response[cmd.COMMENT] = tally.reason[:64]
         dataset = None

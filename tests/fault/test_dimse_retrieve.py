@@ -243,6 +243,22 @@ def test_b18_cancel_during_get(node: Archive) -> None:
     assert cmd.number(reply.command, cmd.REMAINING) == len(uids) - 3
 
 
+def test_b18_cancel_with_the_last_instance_comes_too_late(node: Archive) -> None:
+    node.store_all(a_study(n_instances=2))
+    with asking(node, GET_MODEL, CT) as association:
+        offer = association.offer(GET_MODEL)
+        number = request(association, offer, CommandField.C_GET_RQ, study_keys())
+
+        def cancel_at_last(stored: int) -> None:
+            if stored == 1:
+                association.cancel(offer, number)
+
+        reply, stored = get_all(association, number, before=cancel_at_last)
+
+    assert (reply.status, stored) == (0x0000, 2)
+    assert cmd.REMAINING not in reply.command
+
+
 def test_b18_cancel_during_move_lets_the_one_in_flight_finish(node: Archive) -> None:
     node.store_all(a_study(n_instances=8))
     gate = Gate()
