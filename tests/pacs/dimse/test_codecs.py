@@ -6,7 +6,7 @@ import struct
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pacs.dimse import command as cmd
@@ -41,6 +41,7 @@ def an_rq(contexts: list[ProposedContext] | None = None) -> bytes:
     return whole[6:]
 
 
+@settings(deadline=None)
 @given(CONTEXTS)
 def test_a_request_is_read_as_it_was_written(contexts: list[ProposedContext]) -> None:
     request = pdu.parse_associate_rq(an_rq(contexts))
@@ -52,6 +53,7 @@ def test_a_request_is_read_as_it_was_written(contexts: list[ProposedContext]) ->
     assert request.application_context == "1.2.840.10008.3.1.1.1"
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_any_bytes_are_a_request_or_a_protocol_error(body: bytes) -> None:
     for parse in (pdu.parse_associate_rq, pdu.parse_associate_ac):
@@ -59,6 +61,7 @@ def test_any_bytes_are_a_request_or_a_protocol_error(body: bytes) -> None:
             parse(body)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_request_is_read_or_refused(data: st.DataObject) -> None:
     body = bytearray(an_rq())
@@ -136,11 +139,13 @@ VALUES = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_a_command_is_read_as_it_was_written(values: dict[int, Value]) -> None:
     assert cmd.decode(cmd.encode(values)) == values
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_command_or_a_protocol_error(raw: bytes) -> None:
     with suppress(ProtocolError):
