@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -133,13 +134,10 @@ def test_d03_a_full_disk_is_out_of_resources_and_recovers_without_a_restart(
         about = os.statvfs(small_disk)
         file.write(bytes(about.f_bavail * about.f_frsize - (12 << 20)))
 
-    wait_until(
-        lambda: out_of_resources(store(node, ct_slice(number=2, size=512))), "A700"
-    )
     # Each process looks at the free space once a second.
-    wait_until(
-        lambda: stow(node, ct_slice(number=3, size=512)).status in {503, 507}, "507"
-    )
+    more = (ct_slice(number=number, size=512) for number in itertools.count(10))
+    wait_until(lambda: out_of_resources(store(node, next(more))), "A700")
+    wait_until(lambda: stow(node, next(more)).status in {503, 507}, "507")
     wait_until(lambda: node.get("/readyz").status == 503, "/readyz to be 503")
     assert is_kept(node, kept)
 
