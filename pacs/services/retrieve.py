@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,7 @@ from pacs.imaging.part10 import file_meta
 from pacs.imaging.transcode import can_convert, native_frame, to_syntax
 from pacs.repository import locate
 from pacs.services.metadata import MetadataBody, SeriesBundles
+from pacs.services.sources import CHUNK, ByteSource, LazyBytes, chunked, spliced
 from storage.db.engine import Database
 from storage.kernel.errors import (
     Gone,
@@ -31,7 +32,7 @@ from storage.kernel.errors import (
     TooLarge,
     UnsupportedTransferSyntax,
 )
-from storage.kernel.limits import MIB, Limits
+from storage.kernel.limits import Limits
 from storage.kernel.types import Actor
 from storage.packs.reader import PackGone, PackReader
 
@@ -40,7 +41,6 @@ IMPLICIT_LE = "1.2.840.10008.1.2"
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
 
 OCTETS = "application/octet-stream"
-CHUNK = 1 * MIB
 #: Locations one process remembers.
 MAX_REMEMBERED = 4096
 
@@ -51,40 +51,6 @@ class Frame:
 
     data: bytes
     transfer_syntax_uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class ByteSource:
-    """Bytes of a known length that can be read from anywhere.
-
-    `transfer_syntax_uid` says what they are in; `transcoded` whether they are not
-    the bytes that were received.
-    """
-
-    length: int
-    read: Callable[[int, int], bytes]
-    transfer_syntax_uid: str
-    transcoded: bool = False
-
-    @classmethod
-    def of(
-        cls, data: bytes | memoryview, transfer_syntax_uid: str, *, transcoded: bool
-    ) -> ByteSource:
-        """Return a source of bytes that are in memory."""
-        view = memoryview(data)
-
-        def read(offset: int, length: int) -> bytes:
-            return bytes(view[offset : offset + length])
-
-        return cls(len(view), read, transfer_syntax_uid, transcoded)
-
-    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """Yield the bytes from `start` to `stop`, at most 1 MiB at a time."""
-        end = self.length if stop is None else min(stop, self.length)
-        while start < end:
-            chunk = self.read(start, min(CHUNK, end - start))
-            yield chunk
-            start += len(chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +238,7 @@ class RetrieveService:
         body = self._converted(instance, target)
         head = file_meta(instance.sop_class_uid, instance.sop_instance_uid, target)
         return ByteStream(
-            len(head) + len(body), _chunked((head, body)), target, transcoded=True
+            len(head) + len(body), chunked((head, body)), target, transcoded=True
         )
 
     def open_object(
@@ -302,7 +268,7 @@ class RetrieveService:
             )
         body = self._converted(instance, transfer_syntax_uid)
         return ByteStream(
-            len(body), _chunked((body,)), transfer_syntax_uid, transcoded=True
+            len(body), chunked((body,)), transfer_syntax_uid, transcoded=True
         )
 
     def _converted(self, instance: StoredInstance, target: str) -> bytes:
@@ -381,7 +347,7 @@ class RetrieveService:
             raise UnsupportedTransferSyntax(f"cannot convert {stored} to {target}")
         ranges = [frames.table.ranges(number) for number in numbers]
         if target == stored or (syntax.little_endian and not syntax.encapsulated):
-            return [_spliced(frames.read, parts, target) for parts in ranges]
+            return [spliced(frames.read, parts, target) for parts in ranges]
         spec = DecodeSpec.from_scan(frames.scan or self._header_scan(instance))
 
         def decoded(parts: list[tuple[int, int]]) -> bytes:
@@ -393,7 +359,7 @@ class RetrieveService:
             length = sum(size for _, size in parts)
             if syntax.encapsulated:
                 length = spec.frame_bytes
-            lazy = _Lazy(partial(decoded, parts), length)
+            lazy = LazyBytes(partial(decoded, parts), length)
             sources.append(ByteSource(length, lazy.read, EXPLICIT_LE, transcoded=True))
         return sources
 
@@ -588,51 +554,6 @@ class _FrameSource:
     scan: Scan | None
 
 
-class _Lazy:
-    """Bytes made at the first read and let go at the last."""
-
-    def __init__(self, make: Callable[[], bytes], length: int) -> None:
-        self._make = make
-        self._length = length
-        self._data: bytes | None = None
-
-    def read(self, offset: int, length: int) -> bytes:
-        if self._data is None:
-            self._data = self._make()
-        data = self._data
-        if offset + length >= self._length:
-            self._data = None
-        return data[offset : offset + length]
-
-
-def _spliced(
-    read: Callable[[int, int], bytes],
-    parts: Sequence[tuple[int, int]],
-    transfer_syntax_uid: str,
-) -> ByteSource:
-    """Return the parts of a frame as one; they are read only where they are asked."""
-    if len(parts) == 1:
-        start, length = parts[0]
-        return ByteSource(
-            length,
-            lambda offset, size: read(start + offset, size),
-            transfer_syntax_uid,
-        )
-
-    def read_across(offset: int, size: int) -> bytes:
-        found = []
-        for start, length in parts:
-            if size > 0 and offset < length:
-                found.append(read(start + offset, min(size, length - offset)))
-                size -= len(found[-1])
-            offset = max(0, offset - length)
-        return b"".join(found)
-
-    return ByteSource(
-        sum(length for _, length in parts), read_across, transfer_syntax_uid
-    )
-
-
 def bulkdata_prefix(instance: StoredInstance) -> str:
     """Return the path under which the bulk data of an instance is found."""
     return (
@@ -640,10 +561,3 @@ def bulkdata_prefix(instance: StoredInstance) -> str:
         f"/series/{instance.series_instance_uid}"
         f"/instances/{instance.sop_instance_uid}/bulkdata"
     )
-
-
-def _chunked(parts: Iterable[bytes]) -> Iterator[bytes]:
-    for part in parts:
-        view = memoryview(part)
-        for start in range(0, len(view), CHUNK):
-            yield bytes(view[start : start + CHUNK])

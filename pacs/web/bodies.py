@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from pacs.services.retrieve import ByteSource
+from pacs.services.sources import ByteSource
 from pacs.web.multipart import MultipartWriter
 from pacs.web.problems import problem
 from storage.kernel.limits import MIB

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Response
 
 from pacs.domain.study import StoredInstance
 from pacs.imaging import syntaxes
-from pacs.services.retrieve import ByteSource, bulkdata_prefix
+from pacs.services.retrieve import bulkdata_prefix
+from pacs.services.sources import ByteSource
 from pacs.web.bodies import (
     IMMUTABLE,
     Attachment,

@@ -11,7 +11,8 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from pacs.domain.study import StoredInstance
 from pacs.imaging import syntaxes
-from pacs.services.retrieve import ByteSource, RetrieveService
+from pacs.services.retrieve import RetrieveService
+from pacs.services.sources import ByteSource
 from pacs.web.bodies import (
     Attachment,
     Validators,
