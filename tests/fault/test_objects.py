@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,13 +10,6 @@ from tests.fault.cases import CASES, Case
 from tests.fault.doors import Archive, Door, StoreDoor, StowDoor, alive
 from tests.fault.objects import Objects
 from tests.support.node import RunningNode
-
-
-@pytest.fixture
-def archive(tmp_path: Path) -> Iterator[Archive]:
-    made = Archive(tmp_path)
-    yield made
-    made.close()
 
 
 def params(*doors: str) -> list[object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,13 +89,6 @@ EXPECTED: dict[str, tuple[Kind, set[int]]] = {
     "vlut_04": (Kind.STORED, set()),
 }
 PARAMS = [pytest.param(path, id=path.stem) for path in broken()]
-
-
-@pytest.fixture
-def archive(tmp_path: Path) -> Iterator[Archive]:
-    made = Archive(tmp_path)
-    yield made
-    made.close()
 
 
 def test_every_broken_file_has_its_row() -> None:
