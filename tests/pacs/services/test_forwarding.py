@@ -45,8 +45,8 @@ class MemorySender:
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Archive]:
-    with archive(tmp_path / "node") as made:
+def node(tmp_path: Path, database_url: str) -> Iterator[Archive]:
+    with archive(tmp_path / "node", database={"url": database_url}) as made:
         yield made
 
 
