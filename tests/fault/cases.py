@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tests.fault.doors import Kind
 from tests.fault.objects import (
@@ -67,7 +67,6 @@ class Case:
     tags: tuple[int, ...] = ()
     doors: frozenset[str] = ALL
     claimed: Callable[[Objects], tuple[str, str]] | None = None
-    settings: dict[str, object] = field(default_factory=dict)
 
 
 REFERENCED = 0x00081140
