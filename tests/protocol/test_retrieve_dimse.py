@@ -25,6 +25,7 @@ from tests.support.datasets import (
     part10,
 )
 from tests.support.dicom_peers import PyScp, StoreScp
+from tests.support.ports import free_port
 
 #: Study Root Query/Retrieve Information Model - GET.
 GET_MODEL = "1.2.840.10008.5.1.4.1.2.2.3"
@@ -124,6 +125,36 @@ def test_a_study_moves_byte_for_byte(node: Archive, scp: StoreScp) -> None:
     assert {uid: dataset_bytes(file) for uid, file in received.items()} == {
         uid: dataset_bytes(file) for uid, file in made.items()
     }
+
+
+def test_a_study_moves_back_to_who_asked(node: Archive, tmp_path: Path) -> None:
+    made = a_study()
+    node.store_all(made)
+    port = free_port()
+    node.add_peer("MOVER", port)
+    folder = tmp_path / "back"
+    folder.mkdir()
+
+    dcmtk.run(
+        "movescu", "-S", "-od", folder, "+P", port, "-aet", "MOVER",
+        "-aec", node.aet, "-aem", "MOVER", "127.0.0.1", node.port,
+        *(part for key in study(1) for part in ("-k", key)),
+    )  # fmt: skip
+
+    assert sorted(dataset_bytes(path.read_bytes()) for path in folder.iterdir()) == (
+        sorted(dataset_bytes(part10(ds)) for ds in made)
+    )
+
+
+def test_a_patient_moves_whole(node: Archive, scp: StoreScp) -> None:
+    node.store_all(a_study(seed=1, n_instances=2))
+    node.store_all(a_study(seed=2, n_instances=2, PatientID="PID1"))
+    node.add_peer(scp.title, scp.port)
+
+    output = move(node, "QueryRetrieveLevel=PATIENT", "PatientID=PID1", root="-P")
+
+    assert "Success" in output
+    assert len(scp.wait_for(4)) == 4
 
 
 def test_a_study_is_got_byte_for_byte(node: Archive, tmp_path: Path) -> None:
