@@ -20,6 +20,7 @@ from pacs.dimse.negotiation import (
     CALLED_AE,
     CALLING_AE,
     LOCAL_LIMIT,
+    NO_REASON,
     Agreement,
     Rejection,
     abort_reason,
@@ -212,7 +213,7 @@ class Acceptor:
             certificate_name=connection.certificate_name,
         )
         if isinstance(actor, Refused):
-            raise self._rejected(connection, _REFUSED[actor])
+            raise self._rejected(connection, _REFUSED.get(actor, NO_REASON))
         return actor
 
     def _accept(
