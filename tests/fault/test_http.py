@@ -148,6 +148,22 @@ def test_c01_a_body_that_stops_is_408(web: WebArchive) -> None:
     alive(web)
 
 
+def test_c01_a_slow_but_steady_client_is_served(tmp_path: Path) -> None:
+    body, headers = multipart([part10(ct_slice(seed=102))])
+    start = head(headers["Content-Type"], f"Content-Length: {len(body)}")
+    pause = threading.Event()
+    with web_archive(tmp_path, body_seconds=0.2) as web:
+        with send_raw(web, start) as connection:
+            # Three times as long as a client may be silent.
+            for at in range(0, len(body), len(body) // 12 + 1):
+                connection.sendall(body[at : at + len(body) // 12 + 1])
+                pause.wait(0.05)
+            answer = connection.recv(4096)
+
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert held(web, uid(102, 1, 1)) is not None
+
+
 # C02
 
 
@@ -453,9 +469,13 @@ def test_c09_two_stores_and_a_delete_of_one_instance(web: WebArchive) -> None:
 
 # C31, C32
 
+OTHER_METHODS = ["TRACE", "PUT", "PATCH", "BREW", "CONNECT", "OPTIONS"]
+
 
 @pytest.mark.parametrize("path", ["/studies", f"/studies/{uid(1)}", "/instances"])
-@pytest.mark.parametrize("method", ["TRACE", "PUT", "PATCH", "BREW", "CONNECT"])
+@pytest.mark.parametrize(
+    "method", ["TRACE", "PUT", "PATCH", "BREW", "CONNECT", "OPTIONS"]
+)
 def test_c31_other_methods_are_refused(web: WebArchive, path: str, method: str) -> None:
     answer = request(web.dicomweb + path, method=method)
 
