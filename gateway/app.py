@@ -117,7 +117,10 @@ class Node:
         """Close packs, decoders and connections; nothing is lost without it."""
         self.decoders.close()
         self.packs.close()
-        self.book.flush()
+        try:
+            self.book.flush()
+        except Unavailable as error:
+            log.warning("pack book: %s", error, extra={"event": "packbook.failed"})
         self.reader.close()
         self.database.close()
 
@@ -239,6 +242,8 @@ def _keep_book(node: Node, stop: threading.Event) -> None:
             node.book.tick(node.packs, node.reader)
         except Unavailable as error:
             log.warning("pack book: %s", error, extra={"event": "packbook.failed"})
+        except Exception:
+            log.exception("pack book failed", extra={"event": "packbook.failed"})
 
 
 def recovery(node: Node) -> Recovery:

@@ -29,7 +29,7 @@ BACK_OFF_SECONDS = (0.5, 60.0)
 #: How long the loops are waited for when the worker stops.
 STOP_SECONDS = 15.0
 CHECKPOINT_SECONDS = 1.0
-FOLLOW_SECONDS = 0.2
+FOLLOW_SECONDS = 0.3
 TICK_SECONDS = 1.0
 PRUNE_SECONDS = 600.0
 

@@ -12,6 +12,7 @@ that its position means nothing any more: start over at 0.
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,12 +30,14 @@ from storage.kernel.types import Actor
 #: Events that one transaction of the relay positions.
 RELAY_BATCH = 2000
 #: Pause of the relay while events come in, and while none do.
-BUSY_SECONDS = 0.03
+BUSY_SECONDS = 0.1
 IDLE_SECONDS = 0.1
 #: Positions one `read` looks at, however few of them the actor may see.
 SCAN_POSITIONS = 20_000
 #: Events one `follow` hands over before it saves its position for good.
 FOLLOW_BATCH = 200
+#: How long a follower's place is only remembered while no event was for it.
+SAVE_SECONDS = 2.0
 #: Events one `follow_batch` hands over in one transaction.
 TOGETHER_BATCH = 2000
 #: Events one transaction of `prune` deletes.
@@ -143,6 +146,15 @@ def append_many(
         connection.execute(_APPEND, rows)
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """How far a follower has come, and when that was last saved."""
+
+    epoch: str
+    position: int
+    saved_at: float
+
+
 class Relay:
     """Give committed events their positions.
 
@@ -191,6 +203,7 @@ class ChangeFeed:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._remembered: dict[str, _Place] = {}
 
     def read(
         self,
@@ -199,6 +212,7 @@ class ChangeFeed:
         limit: int,
         *,
         epoch: str | None = None,
+        kinds: frozenset[str] | None = None,
     ) -> ChangePage:
         """Return the events after position `since` that `actor` may see.
 
@@ -213,6 +227,8 @@ class ChangeFeed:
         epoch : str, optional
             The epoch `since` belongs to. When it is no longer this feed's, the page
             is empty, names the new epoch, and continues at 0.
+        kinds : frozenset of str, optional
+            The kinds wanted; all by default.
         """
         with self._database.read() as connection:
             # Order matters: events up to this position are visible to what follows.
@@ -240,6 +256,8 @@ class ChangeFeed:
             )
             if actor is not None:
                 query = query.where(OutboxEvent.tenant.in_(actor.tenants))
+            if kinds is not None:
+                query = query.where(OutboxEvent.kind.in_(sorted(kinds)))
             events = [_event(row) for row in connection.execute(query)]
             pruned = since < last and _oldest(connection, last) > since + 1
         following = events[-1].position if len(events) == limit else until
@@ -297,21 +315,21 @@ class ChangeFeed:
         with _exclusive(self._database, f"follow.{name}") as mine:
             if not mine:
                 return 0
-            epoch, position = self._place(name)
-            page = self.read(None, position, FOLLOW_BATCH, epoch=epoch)
+            epoch, position = self._passed(name)
+            page = self.read(None, position, FOLLOW_BATCH, epoch=epoch, kinds=kinds)
             if page.epoch != epoch:
                 position = 0
-                page = self.read(None, 0, FOLLOW_BATCH)
+                page = self.read(None, 0, FOLLOW_BATCH, kinds=kinds)
             done = position
             try:
                 for event in page.events:
-                    if kinds is None or event.kind in kinds:
-                        handler(event)
+                    handler(event)
                     done = event.position
                 done = page.next
             finally:
                 if done != position or page.epoch != epoch:
-                    self._save(name, page.epoch, done)
+                    now = bool(page.events) or page.epoch != epoch
+                    self._pass(name, page.epoch, done, save_now=now)
             return done - position
 
     def follow_batch(
@@ -331,22 +349,22 @@ class ChangeFeed:
             if not mine:
                 return 0
             epoch, position = self._place(name)
-            page = self.read(None, position, TOGETHER_BATCH, epoch=epoch)
+            page = self.read(None, position, TOGETHER_BATCH, epoch=epoch, kinds=kinds)
             if page.epoch != epoch:
                 position = 0
-                page = self.read(None, 0, TOGETHER_BATCH)
+                page = self.read(None, 0, TOGETHER_BATCH, kinds=kinds)
             if page.next == position and page.epoch == epoch:
                 return 0
-            wanted = [e for e in page.events if kinds is None or e.kind in kinds]
-            with self._database.write() as connection:
-                if wanted:
-                    handler(connection, wanted)
+            # Need not be synced: rows and place go together, or not at all.
+            with self._database.ingest() as connection:
+                if page.events:
+                    handler(connection, page.events)
                 self._save_in(connection, name, page.epoch, page.next)
             return page.next - position
 
     def lag(self, name: str) -> int:
         """Return how many positions the follower `name` has still to pass."""
-        epoch, position = self._place(name)
+        epoch, position = self._passed(name)
         with self._database.read() as connection:
             feed = connection.execute(select(Feed.epoch, Feed.last_position)).first()
         if feed is None:
@@ -392,9 +410,28 @@ class ChangeFeed:
             ).first()
         return (str(row[0]), int(row[1])) if row is not None else ("", 0)
 
-    def _save(self, name: str, epoch: str, position: int) -> None:
-        with self._database.write() as connection:
-            self._save_in(connection, name, epoch, position)
+    def _passed(self, name: str) -> tuple[str, int]:
+        """Return where `name` goes on: as saved, or as remembered since."""
+        epoch, position = self._place(name)
+        remembered = self._remembered.get(name)
+        if remembered is not None and remembered.epoch == epoch:
+            position = max(position, remembered.position)
+        return epoch, position
+
+    def _pass(self, name: str, epoch: str, position: int, *, save_now: bool) -> None:
+        """Remember a place; save it when that is due.
+
+        A place that is lost costs a repetition, which followers expect: the commit
+        need not be synced, and a stretch without events of theirs need not be saved.
+        """
+        now = time.monotonic()
+        remembered = self._remembered.get(name)
+        saved_at = remembered.saved_at if remembered is not None else 0.0
+        if save_now or now - saved_at >= SAVE_SECONDS:
+            with self._database.ingest() as connection:
+                self._save_in(connection, name, epoch, position)
+            saved_at = now
+        self._remembered[name] = _Place(epoch, position, saved_at)
 
     def _save_in(
         self, connection: Connection, name: str, epoch: str, position: int
