@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 from pacs.dimse import command as cmd
@@ -266,19 +267,20 @@ class Acceptor:
             policy=self._policy,
             buffers=self._buffers,
         )
-        while True:
-            try:
-                message = association.next_command()
-            except ReleaseRequested:
-                break
-            started = time.perf_counter()
-            name = self._answer(association, session, message)
-            self._observer.message(
-                name, association.last_status, time.perf_counter() - started
-            )
-        if session.stored:
-            # What a weaker sync policy left in memory; nothing for the others.
-            self._ingest.flush()
+        with closing(session):
+            while True:
+                try:
+                    message = association.next_command()
+                except ReleaseRequested:
+                    break
+                started = time.perf_counter()
+                name = self._answer(association, session, message)
+                self._observer.message(
+                    name, association.last_status, time.perf_counter() - started
+                )
+            if session.stored:
+                # What a weaker sync policy left in memory; nothing for the others.
+                self._ingest.flush()
 
     def _answer(
         self, association: Association, session: StoreSession, message: Message

@@ -8,10 +8,10 @@ E).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from pacs.dimse import command
 from pacs.dimse.command import Value
+from pacs.dimse.hashing import RunningDigest
 from pacs.dimse.pdu import (
     COMMAND,
     HEADER,
@@ -32,12 +32,6 @@ _SHORT_PDU = 10
 
 class ReleaseRequested(Exception):
     """The peer sent A-RELEASE-RQ."""
-
-
-class Hash(Protocol):
-    """A running digest."""
-
-    def update(self, data: memoryview, /) -> None: ...
 
 
 class MessageReader:
@@ -134,7 +128,7 @@ class MessageReader:
         self,
         context_id: int,
         buffer: memoryview,
-        digest: Hash | None,
+        digest: RunningDigest | None,
         *,
         most: int,
         spill: Callable[[memoryview], None],
@@ -148,7 +142,7 @@ class MessageReader:
         ----------
         buffer : memoryview
             Longer than a PDU by 16 bytes at least.
-        digest : Hash or None
+        digest : RunningDigest or None
             Gets every byte.
         most : int
             Bound of the data set.
@@ -173,6 +167,8 @@ class MessageReader:
             last = flags & LAST
             extra = 0 if last else (6 if self._left else 12)
             if kept + size + extra > room:
+                if digest is not None:
+                    digest.settle()
                 spill(buffer[:kept])
                 kept = 0
             stop = kept + size

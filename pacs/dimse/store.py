@@ -6,15 +6,16 @@ with the digest running; larger ones go on into a pack of their own.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import mmap
+import threading
 from collections import deque
 from contextlib import suppress
 
 from pacs.dimse import command as cmd
 from pacs.dimse.association import Association, Message, has_dataset
 from pacs.dimse.command import Value
+from pacs.dimse.hashing import Hasher
 from pacs.dimse.status import Status, comment_of, status_of
 from pacs.domain.study import Accepted, Arrival, Outcome, Spool, Warned
 from pacs.imaging import sopclasses
@@ -27,7 +28,7 @@ from storage.kernel.errors import (
     UnsupportedSopClass,
 )
 from storage.kernel.limits import Limits
-from storage.kernel.types import Digest, Door, Source
+from storage.kernel.types import Door, Source
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +53,14 @@ class Buffers:
     def __init__(self, limits: Limits) -> None:
         self._size = max(limits.memory_instance_bytes, limits.pdu_bytes) + _HEADERS
         self._free: deque[memoryview] = deque(maxlen=_KEPT_BUFFERS)
+        self._lock = threading.Lock()
+        #: How many are being filled or stored from.
+        self.in_use = 0
 
     def take(self) -> memoryview:
         """Return a buffer nobody else uses."""
+        with self._lock:
+            self.in_use += 1
         with suppress(IndexError):
             return self._free.pop()
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -62,6 +68,8 @@ class Buffers:
 
     def give_back(self, buffer: memoryview) -> None:
         """Keep `buffer` for the next message."""
+        with self._lock:
+            self.in_use -= 1
         self._free.append(buffer)
 
 
@@ -97,7 +105,12 @@ class StoreSession:
             called_ae=association.called_ae,
             peer=association.peer,
         )
+        self._hasher = Hasher()
         self.stored = False
+
+    def close(self) -> None:
+        """End what runs beside the association."""
+        self._hasher.close()
 
     def answer(self, message: Message) -> None:
         """Receive the data set of a C-STORE-RQ, have it stored, and respond."""
@@ -129,8 +142,9 @@ class StoreSession:
         if not has_dataset(request):
             raise refusal or MalformedObject("no data set")
         spill = _Spill(self, class_uid, instance_uid, syntax, refusal)
-        digest = hashlib.sha256()
         buffer = self._buffers.take()
+        # With others at work there is no core to spare, and a hand-over only costs.
+        digest = self._hasher.begin(beside=self._buffers.in_use == 1)
         try:
             total, kept = association.reader.receive_dataset(
                 message.context_id,
@@ -150,7 +164,7 @@ class StoreSession:
                     source=self._source,
                     transfer_syntax_uid=syntax,
                     dataset=rest if spill.spool is None else spill.spool,
-                    digest=Digest(digest.digest()),
+                    digest=digest,
                     claimed_class_uid=class_uid,
                     claimed_instance_uid=instance_uid,
                 )
@@ -159,6 +173,8 @@ class StoreSession:
             spill.abort()
             raise
         finally:
+            # Order matters: the buffer goes to others once its bytes are hashed.
+            digest.settle()
             self._buffers.give_back(buffer)
 
     def _refusal(

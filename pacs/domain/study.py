@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from storage.kernel.types import Actor, Digest, Source
+from storage.kernel.types import Actor, Digest, PendingDigest, Source
 
 #: Bit of `instance.flags`: Huying made the object (core: settling).
 FLAG_OWN = 8
@@ -66,8 +66,8 @@ class Arrival:
     dataset : memoryview or Spool
         The data set bytes as received, without File Meta. A memoryview is only
         read until `accept` returns; its buffer may then be used again.
-    digest : Digest
-        SHA-256 of these bytes.
+    digest : Digest or PendingDigest
+        SHA-256 of these bytes; asked for once they are on their way to the disk.
     claimed_class_uid, claimed_instance_uid : str or None
         From the command set or the File Meta; must agree with the data set.
     study_uid : str or None
@@ -78,7 +78,7 @@ class Arrival:
     source: Source
     transfer_syntax_uid: str
     dataset: memoryview | Spool
-    digest: Digest
+    digest: Digest | PendingDigest
     claimed_class_uid: str | None = None
     claimed_instance_uid: str | None = None
     study_uid: str | None = None

@@ -18,6 +18,7 @@ import psycopg
 from sqlalchemy import Connection
 
 from storage.kernel.errors import IdentityMismatch, ImagingError, LostRace
+from storage.kernel.types import PendingDigest
 from storage.packs.format import Location
 
 #: Series remembered by one process; each costs about half a kilobyte.
@@ -67,7 +68,7 @@ class InstanceRow:
     bits_allocated: int | None
     samples: int | None
     number_of_frames: int | None
-    digest: bytes
+    computing: bytes | PendingDigest
     dataset_offset: int
     header_end: int
     pixel_offset: int | None
@@ -84,6 +85,13 @@ class InstanceRow:
     written: Written | None = None
     kept_digest: bytes = b""
     error: ImagingError | None = None
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the data set bytes; waits until it has been computed."""
+        if not isinstance(self.computing, bytes):
+            self.computing = self.computing.digest()
+        return self.computing
 
     def shift(self, head_length: int) -> None:
         """Make offsets count from the object, `head_length` before the data set."""

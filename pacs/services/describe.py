@@ -33,7 +33,7 @@ from storage.kernel.errors import (
 )
 from storage.kernel.limits import Limits
 from storage.kernel.settings import DuplicatePolicy
-from storage.kernel.types import Digest
+from storage.kernel.types import Digest, PendingDigest
 from storage.kernel.uids import is_uid
 from storage.packs.format import RecordHeader
 
@@ -75,7 +75,7 @@ def describe(
     header: RecordHeader,
     *,
     rules: Rules,
-    digest: Digest,
+    digest: Digest | PendingDigest,
     study_uid: str | None = None,
 ) -> tuple[InstanceRow, tuple[Warned, ...]]:
     """Scan `dataset` and return its index row; offsets count from its first byte.
@@ -158,7 +158,7 @@ def describe(
         bits_allocated=_unsigned(values, 0x00280100, found),
         samples=_unsigned(values, 0x00280002, found),
         number_of_frames=frames,
-        digest=digest,
+        computing=digest,
         dataset_offset=0,
         header_end=deflated_end or found.header_end,
         pixel_offset=None if pixel is None or deflated_end else pixel.value_offset,

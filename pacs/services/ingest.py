@@ -17,7 +17,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from pacs.domain.study import Accepted, Arrival, Outcome, Spool, Warned
+from pacs.domain.study import (
+    Accepted,
+    Arrival,
+    Outcome,
+    Spool,
+    Warned,
+)
 from pacs.imaging import sopclasses, syntaxes
 from pacs.imaging.part10 import file_meta
 from pacs.repository.index import (
@@ -346,7 +352,7 @@ class IngestService:
             # The record's header is on the disk already, so that it cannot name what
             # it replaces; the tombstone that `_disown` writes does.
             if row.written is None:
-                row.location = large.finish(arrival.digest)
+                row.location = large.finish(row.digest)
                 row.pack_kind = "large"
             self._group.submit(_Work(row, spool.header), 0)
             if row.location is not None:
@@ -426,7 +432,7 @@ class IngestService:
         if fresh:
             for work in fresh:
                 work.header = _final(work.header, work.row)
-            records = [Record(w.header, w.parts, w.row.digest) for w in fresh]
+            records = [Record(w.header, w.parts, w.row.computing) for w in fresh]
             for work, location in zip(fresh, self._packs.append(records), strict=True):
                 work.row.location = location
         try:
@@ -458,7 +464,7 @@ class IngestService:
         """
         seen: dict[tuple[str, str], InstanceRow] = {}
         twins = []
-        with self._database.read() as connection:
+        with self._database.glance() as connection:
             keys = [(row.key.tenant, row.sop_instance_uid) for row in rows]
             known = self._index.held(connection, keys)
             for key, row in zip(keys, rows, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NewType
+from typing import NewType, Protocol
 
 TenantId = NewType("TenantId", str)
 """The institution that owns a row: a short slug, e.g. ``"default"``."""
@@ -15,6 +15,15 @@ StudyInstanceUid = NewType("StudyInstanceUid", str)
 
 Digest = NewType("Digest", bytes)
 """SHA-256 over the data set bytes as received, 32 bytes."""
+
+
+class PendingDigest(Protocol):
+    """A digest that may still be computed; the objects of `hashlib` are some."""
+
+    def digest(self) -> bytes:
+        """Return it, waiting if need be."""
+        ...
+
 
 DEFAULT_TENANT = TenantId("default")
 

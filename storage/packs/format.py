@@ -25,6 +25,7 @@ import orjson
 from crc32c import crc32c
 
 from storage.kernel.errors import CorruptData
+from storage.kernel.types import PendingDigest
 
 Buffer = bytes | bytearray | memoryview
 
@@ -104,7 +105,7 @@ class Record:
 
     header: RecordHeader
     parts: tuple[Buffer, ...]
-    digest: bytes
+    digest: bytes | PendingDigest
     kind: Kind = Kind.OBJECT
 
 
@@ -191,19 +192,43 @@ def encode_trailer(object_crc: int, object_length: int, digest: bytes) -> bytes:
     return _TRAILER.pack(TRAILER_MAGIC, object_crc, 0, object_length, digest)
 
 
-def encode_record(record: Record) -> tuple[list[Buffer], int, int]:
-    """Return the buffers of a record, its whole length and its object's offset."""
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A record in two pieces: what lies before the trailer, and what makes that.
+
+    The trailer needs the digest, which may still be computed while the rest is
+    written.
+    """
+
+    record: Record
+    start: bytes
+    object_length: int
+
+    @property
+    def trailer_offset(self) -> int:
+        """Where the trailer begins, from the start of the record."""
+        return len(self.start) + self.object_length
+
+    @property
+    def length(self) -> int:
+        """Bytes of the whole record, padding included."""
+        whole = self.trailer_offset + TRAILER_LENGTH
+        return whole + padding(whole)
+
+    def trailer(self) -> bytes:
+        """Return trailer and padding; waits for the digest."""
+        digest = self.record.digest
+        if not isinstance(digest, bytes):
+            digest = digest.digest()
+        end = encode_trailer(object_crc(self.record.parts), self.object_length, digest)
+        return end + bytes(self.length - self.trailer_offset - len(end))
+
+
+def encode_record(record: Record) -> Encoded:
+    """Return a record ready to be written."""
     header = encode_header(record.header)
-    length = 0
-    crc = 0
-    for part in record.parts:
-        length += len(part)
-        crc = crc32c(part, crc)
-    whole = PREFIX_LENGTH + len(header) + length + TRAILER_LENGTH
-    pad = padding(whole)
-    start = encode_prefix(record.kind, header, length) + header
-    end = encode_trailer(crc, length, record.digest) + bytes(pad)
-    return [start, *record.parts, end], whole + pad, len(start)
+    length = sum(map(len, record.parts))
+    return Encoded(record, encode_prefix(record.kind, header, length) + header, length)
 
 
 def decode_prefix(raw: Buffer) -> Prefix | None:

@@ -402,7 +402,8 @@ def test_d05_without_a_database_nothing_is_written_or_acknowledged(
         raise DependencyDown("database")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Database, "read", down)
+        for way in ("read", "glance", "ingest", "write"):
+            patch.setattr(Database, way, down)
         with pytest.raises(DependencyDown):
             archive.store(ct_slice(number=2))
     assert archive.pack_files()[0].stat().st_size == size

@@ -68,9 +68,9 @@ def a_pack(*made: Record) -> tuple[bytes, list[int]]:
     """Return a pack, and where each record begins, with the end of the last."""
     raw, places = bytearray(encode_file_header(KEY)), [FILE_HEADER_LENGTH]
     for one in made:
-        buffers, length, _ = encode_record(one)
-        raw += b"".join(bytes(buffer) for buffer in buffers)
-        places.append(places[-1] + length)
+        encoded = encode_record(one)
+        raw += b"".join(map(bytes, (encoded.start, *one.parts, encoded.trailer())))
+        places.append(places[-1] + encoded.length)
     return bytes(raw), places
 
 
@@ -116,20 +116,20 @@ def test_records_lie_end_to_end_and_aligned(
 
 @given(headers)
 def test_a_header_survives(made: RecordHeader) -> None:
-    buffers, _, start = encode_record(Record(made, (), bytes(32)))
-    raw = bytes(buffers[0])
+    raw = encode_record(Record(made, (), bytes(32))).start
     prefix = decode_prefix(raw)
 
     assert prefix is not None
-    assert prefix.header_length == len(encode_header(made)) == start - 32
-    assert decode_header(raw, raw[32:start]) == made
+    assert prefix.header_length == len(encode_header(made)) == len(raw) - 32
+    assert decode_header(raw, raw[32:]) == made
 
 
 def test_a_length_counts_everything() -> None:
-    buffers, length, start = encode_record(a_record(1, 101))
+    encoded = encode_record(a_record(1, 101))
 
-    assert sum(len(buffer) for buffer in buffers) == length
-    assert record_length(start - 32, 101) == length
+    assert len(encoded.start) + 101 == encoded.trailer_offset
+    assert encoded.trailer_offset + len(encoded.trailer()) == encoded.length
+    assert record_length(len(encoded.start) - 32, 101) == encoded.length
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,7 @@ def test_every_torn_tail_is_seen_and_costs_only_the_last_record(tmp_path: Path) 
 def test_every_flipped_bit_of_a_record_is_located(tmp_path: Path) -> None:
     raw, places = a_pack(a_record(1), a_record(2, 40), a_record(3))
     path = tmp_path / "flipped.pack"
-    buffers, _, _ = encode_record(a_record(2, 40))
-    padding = places[2] - places[1] - sum(map(len, buffers[:-1])) - 56
+    padding = places[2] - places[1] - encode_record(a_record(2, 40)).trailer_offset - 56
     digest = range(places[2] - padding - 32, places[2])  # sealed by SHA-256 itself
     unused = {*range(places[1] + 28, places[1] + 32)}  # reserved
     trailer = places[2] - padding - 56

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from storage.kernel.errors import DependencyDown, StorageFull
 from storage.kernel.settings import SyncPolicy
 from storage.packs.format import Kind, Record, RecordHeader, RecordInfo
 from storage.packs.recover import claimed, is_alive, iter_records, remove_partial
-from storage.packs.writer import PARTIAL, PackWriter, pack_path
+from storage.packs.writer import PARTIAL, SPLIT_BYTES, PackWriter, pack_path
 
 
 def a_record(number: int = 1, size: int = 100, tenant: str = "default") -> Record:
@@ -347,3 +348,73 @@ def test_d03_the_guard_refuses_before_the_disk_is_full(small_disk: Path) -> None
     packs.append([a_record(4, 90_000)])
     assert uids(packs.folder) == ["1.2.1", "1.2.2", "1.2.4"]
     packs.close()
+
+
+class Late:
+    """A digest that is asked for while the record is on its way."""
+
+    def __init__(self, asked: Callable[[], None]) -> None:
+        self._asked = asked
+
+    def digest(self) -> bytes:
+        self._asked()
+        return b"\7" * 32
+
+
+def test_a_digest_is_waited_for_after_the_object_is_written_and_before_the_sync(
+    tmp_path: Path, calls: list[str]
+) -> None:
+    packs = opened(tmp_path / "packs")
+    packs.append([a_record()])
+    calls.clear()
+    large = a_record(2, 2 * SPLIT_BYTES)
+
+    packs.append([replace(large, digest=Late(lambda: calls.append("digest")))])
+
+    assert calls == ["pwritev", "digest", "pwritev", "fdatasync"]
+    packs.close()
+    assert uids(tmp_path / "packs") == ["1.2.1", "1.2.2"]
+
+
+def test_without_its_trailer_a_record_is_a_torn_tail(tmp_path: Path) -> None:
+    packs = opened(tmp_path / "packs")
+    packs.append([a_record()])
+    path = next(tmp_path.rglob("*.pack"))
+    seen: list[bytes] = []
+    large = a_record(2, 2 * SPLIT_BYTES)
+
+    packs.append([replace(large, digest=Late(lambda: seen.append(path.read_bytes())))])
+
+    crashed = tmp_path / "crashed" / "ab" / path.name
+    crashed.parent.mkdir(parents=True)
+    crashed.write_bytes(seen[0])
+    assert uids(tmp_path / "crashed") == ["1.2.1"]
+    assert uids(tmp_path / "packs") == ["1.2.1", "1.2.2"]
+
+
+def test_a_digest_that_fails_takes_the_whole_group_back(tmp_path: Path) -> None:
+    packs = opened(tmp_path / "packs")
+    packs.append([a_record()])
+    size = next(tmp_path.rglob("*.pack")).stat().st_size
+
+    def fail() -> None:
+        raise DependencyDown("hash")
+
+    large = replace(a_record(3, 2 * SPLIT_BYTES), digest=Late(fail))
+    with pytest.raises(DependencyDown):
+        packs.append([a_record(2), large])
+
+    assert next(tmp_path.rglob("*.pack")).stat().st_size == size
+    packs.append([a_record(4)])
+    assert uids(tmp_path / "packs") == ["1.2.1", "1.2.4"]
+
+
+def test_blocks_set_aside_are_given_back_when_a_pack_is_closed(tmp_path: Path) -> None:
+    packs = opened(tmp_path / "packs")
+    packs.append([a_record()])
+    path = next(tmp_path.rglob("*.pack"))
+    assert path.stat().st_size < 4096
+
+    packs.close()
+
+    assert path.stat().st_blocks * 512 <= 4096

@@ -1,0 +1,90 @@
+"""SHA-256 beside the work that goes on: while bytes are received, looked at, written.
+
+On the way from the socket to the pack the digest costs most. A thread of the
+association computes it, fragment by fragment; small ones do not pay the hand-over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from queue import SimpleQueue
+
+from storage.kernel.limits import KIB
+
+#: Fragments below this are hashed at once.
+SMALL = 64 * KIB
+
+
+class RunningDigest:
+    """The digest of one data set; a `storage.kernel.types.PendingDigest`."""
+
+    def __init__(self, hasher: Hasher | None) -> None:
+        self._hasher = hasher
+        self._hash = hashlib.sha256()
+        self._pending = 0
+        self._done = threading.Condition(threading.Lock())
+
+    def update(self, data: memoryview) -> None:
+        """Hash `data`, which must stay as it is until `settle` or `digest` returns."""
+        if self._hasher is None or (len(data) < SMALL and not self._pending):
+            self._hash.update(data)
+            return
+        with self._done:
+            self._pending += 1
+        self._hasher.put(self, data)
+
+    def settle(self) -> None:
+        """Wait until everything given has been hashed."""
+        if self._pending:
+            with self._done:
+                while self._pending:
+                    self._done.wait()
+
+    def digest(self) -> bytes:
+        """Return the digest of everything given."""
+        self.settle()
+        return self._hash.digest()
+
+    def work(self, data: memoryview) -> None:
+        """Hash a piece; called by the thread."""
+        self._hash.update(data)
+        with self._done:
+            self._pending -= 1
+            if not self._pending:
+                self._done.notify_all()
+
+
+class Hasher:
+    """The hashing thread of one association; it starts when it is first needed."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[RunningDigest, memoryview] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, *, beside: bool) -> RunningDigest:
+        """Return a digest of nothing yet; `beside`: the thread computes it."""
+        return RunningDigest(self if beside else None)
+
+    def put(self, digest: RunningDigest, data: memoryview) -> None:
+        """Have the thread hash `data`."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name="digest", daemon=True
+            )
+            self._thread.start()
+        self._work.put((digest, data))
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (job := self._work.get()) is not None:
+            digest, data = job
+            digest.work(data)
+            # Nothing is held while the thread waits for the next data set.
+            del job, digest, data

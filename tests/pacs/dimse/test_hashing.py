@@ -1,0 +1,78 @@
+"""The digest beside the receive path is that of all bytes, in order."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+
+import pytest
+
+from pacs.dimse.hashing import SMALL, Hasher
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (),
+        (0,),
+        (1, 2, 3),
+        (SMALL - 1, SMALL, SMALL + 1),
+        (SMALL * 4, 5, SMALL * 2, 0, 7),
+    ],
+)
+def test_pieces_of_any_size_make_one_digest(
+    sizes: tuple[int, ...], *, beside: bool
+) -> None:
+    pieces = [bytes(range(256)) * (size // 256 + 1) for size in sizes]
+    pieces = [piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
+    hasher = Hasher()
+    digest = hasher.begin(beside=beside)
+
+    for piece in pieces:
+        digest.update(memoryview(piece))
+
+    assert digest.digest() == hashlib.sha256(b"".join(pieces)).digest()
+    hasher.close()
+
+
+def test_a_buffer_may_change_once_it_is_settled() -> None:
+    hasher = Hasher()
+    digest = hasher.begin(beside=True)
+    buffer = bytearray(b"a" * SMALL * 8)
+    wanted = hashlib.sha256(buffer)
+
+    digest.update(memoryview(buffer))
+    digest.settle()
+    buffer[:] = b"b" * len(buffer)
+    wanted.update(buffer)
+    digest.update(memoryview(buffer))
+
+    assert digest.digest() == wanted.digest()
+    hasher.close()
+
+
+def test_data_sets_one_after_the_other_keep_their_own_digests() -> None:
+    hasher = Hasher()
+    first, second = hasher.begin(beside=True), hasher.begin(beside=True)
+    piece = memoryview(bytes(SMALL * 2))
+
+    first.update(piece)
+    second.update(piece)
+    second.update(piece)
+
+    assert first.digest() == hashlib.sha256(piece).digest()
+    assert second.digest() == hashlib.sha256(bytes(SMALL * 4)).digest()
+    hasher.close()
+
+
+def test_the_thread_ends_with_the_association() -> None:
+    before = threading.active_count()
+    hasher = Hasher()
+    digest = hasher.begin(beside=True)
+    digest.update(memoryview(bytes(SMALL)))
+    digest.digest()
+
+    hasher.close()
+
+    assert threading.active_count() == before
