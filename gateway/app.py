@@ -7,6 +7,7 @@ build what they need after forking, so that no connection, thread or lock crosse
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import shutil
 import signal
@@ -161,7 +162,11 @@ def open_node(settings: Settings) -> Node:
     )
     objects = open_objects(settings)
     reader = PackReader(pack_folder(settings), objects)
-    decoders = DecoderPool(settings.limits, processes=settings.pacs.decoders)
+    decoders = DecoderPool(
+        settings.limits,
+        processes=settings.pacs.decoders,
+        observer=metrics.DecoderMetrics(),
+    )
     peers = PeerService(database=database, clock=clock, configured=settings.dimse.peers)
     policy = AccessPolicy(
         our_aes=our_aes(settings), peers=peers, open_access=settings.open
@@ -333,10 +338,14 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
         async def dependency() -> Any:
             return value
 
+        # Looked at for each request while dependencies are replaced; made once.
+        dependency.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
         return dependency
 
     async def current_actor() -> Any:
         return node.policy.current_user()
+
+    current_actor.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
 
     return application.build(
         routers=[

@@ -8,6 +8,7 @@ routes as declared, statuses.
 from __future__ import annotations
 
 import os
+from functools import cache
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,9 +17,29 @@ from prometheus_client import (
     Histogram,
     generate_latest,
     multiprocess,
+    values,
 )
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+
+class _Process:
+    """This process' id, asked for once: each count looks at it several times."""
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        self._id = os.getpid()
+
+    def __call__(self) -> int:
+        return self._id
+
+
+if FOLDER_VARIABLE in os.environ:
+    values.ValueClass = values.MultiProcessValue(_Process())  # type: ignore[no-untyped-call]
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 INGEST_SECONDS = Histogram(
@@ -47,6 +68,12 @@ ASSOCIATIONS_OPEN = Gauge(
     "huying_associations_open",
     "Associations at this moment.",
     multiprocess_mode="livesum",
+)
+DECODE_SECONDS = Histogram(
+    "huying_decode_seconds",
+    "Frames decoded by worker processes.",
+    ("codec", "outcome"),
+    buckets=_SECONDS,
 )
 HTTP_SECONDS = Histogram(
     "huying_http_seconds",
@@ -97,11 +124,22 @@ def exposition() -> bytes:
 class IngestMetrics:
     """Counts arrivals (`pacs.services.ingest.IngestObserver`)."""
 
+    def __init__(self) -> None:
+        self._seconds = cache(INGEST_SECONDS.labels)
+        self._bytes = cache(INGEST_BYTES.labels)
+
     def ingested(
         self, door: str, outcome: str, seconds: float, size_bytes: int
     ) -> None:
-        INGEST_SECONDS.labels(door, outcome).observe(seconds)
-        INGEST_BYTES.labels(door).inc(size_bytes)
+        self._seconds(door, outcome).observe(seconds)
+        self._bytes(door).inc(size_bytes)
+
+
+class DecoderMetrics:
+    """Counts decoded frames (`pacs.imaging.codecs.DecoderObserver`)."""
+
+    def decoded(self, codec: str, outcome: str, seconds: float) -> None:
+        DECODE_SECONDS.labels(codec, outcome).observe(seconds)
 
 
 class LoopMetrics:
@@ -113,6 +151,9 @@ class LoopMetrics:
 
 class DimseMetrics:
     """Counts associations and messages (`pacs.dimse.observer.DimseObserver`)."""
+
+    def __init__(self) -> None:
+        self._seconds = cache(DIMSE_SECONDS.labels)
 
     def association_opened(self) -> None:
         ASSOCIATIONS.labels("accepted").inc()
@@ -126,4 +167,4 @@ class DimseMetrics:
         ASSOCIATIONS.labels(reason).inc()
 
     def message(self, command: str, status: int, seconds: float) -> None:
-        DIMSE_SECONDS.labels(command, f"{status:04X}").observe(seconds)
+        self._seconds(command, f"{status:04X}").observe(seconds)

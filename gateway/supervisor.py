@@ -226,6 +226,8 @@ def _return_memory() -> None:
 
 def default_entry() -> Entry:
     """Load the application."""
+    import pypinyin  # noqa: F401  # its tables take half a second and are shared
+
     from gateway import app, metrics
     from pacs.dimse.counts import AssociationCounts
 
