@@ -347,7 +347,6 @@ class Recovery:
             if not isinstance(damage, Damage):
                 continue
             if damage.torn:
-                cut(path, damage.start)
                 done.cut_bytes += damage.end - damage.start
                 size = damage.start
             else:
@@ -355,6 +354,8 @@ class Recovery:
         if pk is None and not infos:
             path.unlink()
             return
+        # Also gives back the blocks that the writer had set aside behind the end.
+        cut(path, size)
         self._close(key, pk, size, infos)
         log.info(
             "pack recovered",
