@@ -205,32 +205,85 @@ _SURNAMES = {
     "覃": "qin", "种": "chong", "黑": "he", "繁": "po", "折": "she", "宓": "mi",
     "逄": "pang", "员": "yun", "員": "yun", "召": "shao", "能": "nai", "句": "gou",
     "便": "pian", "祭": "zhai", "万俟": "mo qi", "尉迟": "yu chi", "单于": "chan yu",
+    "萬俟": "mo qi", "尉遲": "yu chi", "單于": "chan yu", "單": "shan",
+    "長孫": "zhang sun", "长孙": "zhang sun",
 }  # fmt: skip
+#: Surnames of two characters, for names written without a delimiter.
+_COMPOUND = frozenset(
+    (
+        "万俟", "萬俟", "尉迟", "尉遲", "单于", "單于", "长孙", "長孫", "欧阳",
+        "歐陽", "司马", "司馬", "上官", "诸葛", "諸葛", "东方", "東方", "皇甫",
+        "公孙", "公孫", "慕容", "令狐", "宇文", "司徒", "司空", "夏侯", "轩辕",
+        "軒轅", "端木", "百里", "呼延", "南宫", "南宮", "东郭", "東郭", "西门",
+        "西門", "澹台", "澹臺", "闻人", "聞人", "独孤", "獨孤", "钟离", "鍾離",
+        "太史", "申屠", "仲孙", "仲孫", "赫连", "赫連", "拓跋", "完颜", "完顏",
+        "鲜于", "鮮于", "淳于", "濮阳", "濮陽", "公冶", "宗政", "左丘", "东野",
+        "羊舌", "微生", "纳兰", "納蘭",
+    )
+)  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def pinyin_keys(name: str) -> str:
     """Return search keys of a person name with hanzi, space separated; else empty.
 
-    Full pinyin without tones joined and spaced, and initials, of each group that
-    holds hanzi.
+    Pinyin without tones of each group that holds hanzi: the whole name in one word,
+    the given name in one word, the surname, each syllable, and the initials. What
+    begins a key is found, whether a name is typed in one word or in several.
 
     Examples
     --------
     >>> pinyin_keys("张^三")
     'zhangsan zhang san zs'
+    >>> pinyin_keys("马秀英")
+    'maxiuying xiuying ma xiu ying mxy'
     """
-    keys: list[str] = []
+    keys: dict[str, None] = {}
     for group in name.split("="):
         hanzi = "".join(char for char in group if _is_hanzi(char))
         if not hanzi:
             continue
         syllables = _syllables(hanzi)
-        initials = "".join(syllable[0] for syllable in syllables)
-        for key in ("".join(syllables), *syllables, initials):
-            if key not in keys:
-                keys.append(key)
+        surname = min(_surname_length(group, hanzi), len(syllables))
+        given = syllables[surname:]
+        made = (
+            "".join(syllables),
+            "".join(given),
+            "".join(syllables[:surname]),
+            *syllables,
+            "".join(syllable[0] for syllable in syllables),
+        )
+        for key in made:
+            # Passports and typists write u or yu for the v of pinyin.
+            keys |= dict.fromkeys((key, key.replace("v", "u"), key.replace("v", "yu")))
+    keys.pop("", None)
     return " ".join(keys)
+
+
+def _surname_length(group: str, hanzi: str) -> int:
+    """Return how many characters of `hanzi` are the surname."""
+    family, delimiter, _ = group.partition("^")
+    if delimiter:
+        return sum(map(_is_hanzi, family))
+    return 2 if hanzi[:2] in _COMPOUND and len(hanzi) > 2 else 1
+
+
+_TONED = re.compile(
+    r"(?:(?:[zcs]h|[b-df-hj-np-tw-z])?[aeiouv]{1,3}(?:ng|n|r)?[1-5])+", re.ASCII
+)
+
+
+def without_tones(word: str) -> str:
+    """Return pinyin without the digits of its tones, any other word as it is.
+
+    Examples
+    --------
+    >>> without_tones("zhang1san1"), without_tones("test1")
+    ('zhangsan', 'test1')
+    """
+    if word[-1:].isdigit() and _TONED.fullmatch(word):
+        return re.sub("[1-5]", "", word)
+    return word
 
 
 def _syllables(hanzi: str) -> list[str]:

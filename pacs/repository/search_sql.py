@@ -50,6 +50,7 @@ from pacs.domain.matching import (
     Wildcard,
 )
 from pacs.domain.study import Level
+from pacs.imaging.charset import without_tones
 from pacs.repository.tables import Instance, Patient, Series, Study
 
 #: Sorts behind every Series Number and Instance Number.
@@ -272,7 +273,7 @@ class Lowering:
     def _word(self, hay: str, word: str) -> Tree:
         """Test a word: Latin ones begin a component, Chinese ones may be inside."""
         lead = "*^" if word.isascii() else "*"
-        return self._glob(hay, f"{lead}{_literal(word)}*")
+        return self._glob(hay, f"{lead}{_literal(without_tones(word))}*")
 
 
 def _literal(word: str) -> str:

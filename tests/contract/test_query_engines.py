@@ -42,6 +42,7 @@ ODD = (
     Made(uid="9.9", patient_id="case", name="Doe", study_time=None, birth_date=None),
     Made(uid="9.10", patient_id="M1", name="Mod", modalities=("CT", "MR", "KO")),
     Made(uid="9.11", patient_id="R1", name="Ref", referring="Chen^Li^^=陈^丽"),
+    Made(uid="9.12", patient_id="C3", name="马秀英"),
 )
 STUDIES = [*many(2000), *ODD, *many(40, tenant="other", seed=8)]
 UNIQUE = "StudyInstanceUID"
@@ -207,6 +208,12 @@ def test_fuzzy_finds_words_in_any_order_and_pinyin(ask: Asked) -> None:
     assert fuzzy("xiaodong") == odd(6)
     assert "9.6" in fuzzy("ouyang")
     assert fuzzy("小东") == odd(6)
+    for name in (
+        "马秀英", "秀英", "maxiuying", "xiuying", "mxy", "Ma^Xiuying", "ma xiuying",
+        "xiuying ma", "Ma Xiu Ying", "mǎ xiùyīng", "ma3 xiu4ying1", "ma", "ying",
+    ):  # fmt: skip
+        assert "9.12" in fuzzy(name), name
+    assert "9.12" not in fuzzy("xiu ma wei")
     zhang = fuzzy("zhang wei")
     assert zhang >= {m.uid for m in STUDIES[:2000] if m.name in {"张^伟", "=张^伟"}}
 

@@ -14,6 +14,7 @@ from pacs.imaging.charset import (
     pinyin_keys,
     split_person_name,
     split_values,
+    without_tones,
 )
 from tests.support.corpus import CORPUS, needs_corpus
 
@@ -183,7 +184,13 @@ def test_folding(text: str, folded: str) -> None:
         ("单^田芳", {"shantianfang"}),
         ("单于^明", {"chanyuming"}),
         ("尉迟^恭", {"yuchigong"}),
-        ("吕^布", {"lvbu"}),
+        ("吕^布", {"lvbu", "lubu", "lyubu", "lv", "lu", "lyu"}),
+        ("马秀英", {"maxiuying", "xiuying", "ma", "xiu", "ying", "mxy"}),
+        ("Ma^Xiuying=马^秀英", {"maxiuying", "xiuying", "ma", "mxy"}),
+        ("欧阳小明", {"ouyang", "xiaoming", "oyxm"}),
+        ("欧阳^小明", {"ouyang", "xiaoming", "oyxm"}),
+        ("欧阳", {"ouyang", "ou", "yang"}),
+        ("长孙^无忌", {"zhangsun", "wuji"}),
         ("Smith^John", set()),
         ("", set()),
     ],
@@ -192,3 +199,12 @@ def test_pinyin(name: str, wanted: set[str]) -> None:
     keys = set(pinyin_keys(name).split())
     assert wanted <= keys
     assert bool(keys) == bool(wanted)
+
+
+@pytest.mark.parametrize(
+    ("word", "bare"),
+    [("zhang1", "zhang"), ("xiu4ying1", "xiuying"), ("lv3", "lv"), ("er2", "er"),
+     ("test1", "test1"), ("pid1", "pid1"), ("1", "1"), ("", ""), ("zhang6", "zhang6")],
+)  # fmt: skip
+def test_digits_of_tones(word: str, bare: str) -> None:
+    assert without_tones(word) == bare
