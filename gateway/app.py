@@ -332,7 +332,10 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
         partial(pages.sums, node.database),
     )
     card = viewer.app.NodeCard(settings.dimse.aet, settings.dimse.port, version)
-    base = settings.http.external_url.rstrip("/")
+    # An open node lets only requests through whose Host is its own.
+    base = pacs.web.dependencies.BaseUrl(
+        settings.http.external_url.rstrip("/"), from_host=settings.open
+    )
 
     def given(value: Any) -> Callable[[], Any]:
         async def dependency() -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -32,8 +34,43 @@ async def access_policy() -> Policy:
     raise NotImplementedError
 
 
-async def base_url() -> str:
-    """Return what absolute addresses begin with; empty: they stay relative."""
+#: A name or an address, and a port: what may stand in an address that we write.
+_HOST = re.compile(
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseUrl:
+    """What addresses that we write begin with (PS3.18 10.5.3, 10.6.3).
+
+    Metadata keep bulk data references without it, as paths that clients resolve
+    against the address they asked for: so one body serves every name of this node.
+
+    Attributes
+    ----------
+    configured : str
+        ``http.external_url`` without a slash at its end.
+    from_host : bool
+        Without one, the request's own ``Host`` is taken: someone checks it before.
+        Else addresses stay paths.
+    """
+
+    configured: str = ""
+    from_host: bool = False
+
+    def of(self, request: Request) -> str:
+        """Return the beginning of the addresses in the answer to `request`."""
+        if self.configured or not self.from_host:
+            return self.configured
+        host = request.headers.get("host", "")
+        if len(host) > 255 or _HOST.fullmatch(host) is None:
+            return ""
+        return f"{request.scope['scheme']}://{host}"
+
+
+async def base_url() -> BaseUrl:
+    """Return what absolute addresses begin with."""
     raise NotImplementedError
 
 

@@ -20,6 +20,7 @@ from pacs.web.bodies import (
     send_source,
 )
 from pacs.web.dependencies import (
+    BaseUrl,
     Policy,
     StoredRoute,
     access_policy,
@@ -57,7 +58,12 @@ class RetrieveContext:
     actor: Annotated[Actor, Depends(current_actor)]
     policy: Annotated[Policy, Depends(access_policy)]
     retrieve: Annotated[RetrieveService, Depends(retrieve_service)]
-    base: Annotated[str, Depends(base_url)]
+    base_url: Annotated[BaseUrl, Depends(base_url)]
+
+    @property
+    def base(self) -> str:
+        """What addresses in the answer begin with."""
+        return self.base_url.of(self.request)
 
     def instance(self, study: str, series: str, instance: str) -> StoredInstance:
         """Return the instance of a path; each UID must own the next."""

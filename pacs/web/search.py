@@ -21,6 +21,7 @@ from pacs.domain.matching import (
 from pacs.domain.study import Level
 from pacs.services.query import SearchPage, SearchRequest
 from pacs.web.dependencies import (
+    BaseUrl,
     Policy,
     access_policy,
     base_url,
@@ -65,7 +66,7 @@ class _Asked:
     actor: Annotated[Actor, Depends(current_actor)]
     policy: Annotated[Policy, Depends(access_policy)]
     query: Annotated[Search, Depends(query_service)]
-    base: Annotated[str, Depends(base_url)]
+    base_url: Annotated[BaseUrl, Depends(base_url)]
 
 
 Asked = Annotated[_Asked, Depends()]
@@ -112,6 +113,7 @@ def _answer(
 ) -> Response:
     """Parse, search, and write the answer in the form that was asked for."""
     asked.policy.require(asked.actor, "find")
+    base = asked.base_url.of(asked.request)
     parsed = parse_query(asked.request.scope["query_string"])
     accept = parsed.accept or asked.request.headers.get("accept", "")
     form = choose(accept, (JSON, XML))
@@ -119,17 +121,17 @@ def _answer(
         parsed.search,
         study_uid=None if study is None else path_uid("study", study),
         series_uid=None if series is None else path_uid("series", series),
-        base_url=asked.base,
+        base_url=base,
     )
     found = asked.query.search(asked.actor, level, wanted)
-    agent = f"{asked.base}/dicom-web"
+    agent = f"{base}/dicom-web"
     response = _body(found, form)
     for text in (*parsed.warnings, *found.warnings)[:MAX_WARNINGS]:
         response.headers.append("Warning", _header(f"299 {agent}: {text}"))
     if found.total is not None:
         response.headers["X-Total-Count"] = str(found.total)
     if found.cursor:
-        following = f"{asked.base}{_next(asked.request, found.cursor)}"
+        following = f"{base}{_next(asked.request, found.cursor)}"
         response.headers["Link"] = _header(f'<{following}>; rel="next"')
     return response
 

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.requests import ClientDisconnect
 
 from pacs.web.dependencies import (
+    BaseUrl,
     Policy,
     access_policy,
     base_url,
@@ -76,7 +77,7 @@ class _Asked:
     actor: Annotated[Actor, Depends(current_actor)]
     policy: Annotated[Policy, Depends(access_policy)]
     intake: Annotated[Intake, Depends(intake)]
-    base: Annotated[str, Depends(base_url)]
+    base_url: Annotated[BaseUrl, Depends(base_url)]
 
 
 Asked = Annotated[_Asked, Depends()]
@@ -103,7 +104,7 @@ async def _store(asked: _Asked, study_uid: str | None) -> Response:
     if refusal:
         return problem(415, "input.unsupported_media_type", refusal)
     client = asked.request.client
-    report = Report(asked.base)
+    report = Report(asked.base_url.of(asked.request))
     reception = Reception(
         asked.intake,
         asked.actor,

@@ -72,7 +72,10 @@ class Http(_Part):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8080, ge=0, le=65535, description="0: any free one")
     workers: int = Field(2, ge=1, le=64, description="processes")
-    external_url: str = Field("", description="base of URLs we write; empty: relative")
+    external_url: str = Field(
+        "",
+        description="base of URLs we write; empty: an open node's own Host, else paths",
+    )
     idle_seconds: float = Field(60, gt=0, description="between requests")
     body_seconds: float = Field(60, gt=0, description="longest wait for body bytes")
     metrics_token: SecretStr = Field(

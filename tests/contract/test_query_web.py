@@ -106,7 +106,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         dependencies.current_actor: lambda: ACTOR,
         search.query_service: lambda: service,
         dependencies.access_policy: lambda: policy,
-        dependencies.base_url: lambda: "http://testserver",
+        dependencies.base_url: lambda: dependencies.BaseUrl("http://testserver"),
     }
     config = uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="off")
     server = uvicorn.Server(config)

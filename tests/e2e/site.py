@@ -67,7 +67,7 @@ def _over(database: Database) -> FastAPI:
             page.activity_source: lambda: source,
             page.node_card: lambda: page.NodeCard("HUYING", 11112, "0.1.0"),
             dependencies.current_actor: lambda: ACTOR,
-            dependencies.base_url: lambda: "",
+            dependencies.base_url: dependencies.BaseUrl,
             search.query_service: lambda: query,
         },
     )

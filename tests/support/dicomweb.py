@@ -191,7 +191,7 @@ def web_archive(
         {
             dependencies.current_actor: _tenant_actor,
             dependencies.access_policy: given(policy),
-            dependencies.base_url: given(""),
+            dependencies.base_url: given(dependencies.BaseUrl()),
             search.query_service: given(archive.query),
             store.intake: given(intake),
             retrieve.retrieve_service: given(archive.retrieve),
