@@ -20,6 +20,7 @@ from pacs.dimse.echo import answer_echo
 from pacs.dimse.negotiation import (
     CALLED_AE,
     CALLING_AE,
+    CONGESTED,
     LOCAL_LIMIT,
     NO_REASON,
     Agreement,
@@ -47,7 +48,7 @@ from pacs.dimse.store import Buffers, StoreSession
 from pacs.dimse.transport import PeerGone, Stopping, TimedOut, Wire
 from pacs.services.ingest import IngestService
 from pacs.services.policy import AccessPolicy, Refused
-from storage.kernel.errors import ImagingError
+from storage.kernel.errors import ImagingError, Unavailable
 from storage.kernel.limits import Limits
 from storage.kernel.settings import Dimse
 from storage.kernel.types import Actor, Role
@@ -207,12 +208,16 @@ class Acceptor:
         rejection = refuse_form(request)
         if rejection is not None:
             raise self._rejected(connection, rejection)
-        actor = self._policy.admit(
-            request.called_ae,
-            request.calling_ae,
-            connection.peer,
-            certificate_name=connection.certificate_name,
-        )
+        try:
+            actor = self._policy.admit(
+                request.called_ae,
+                request.calling_ae,
+                connection.peer,
+                certificate_name=connection.certificate_name,
+            )
+        except Unavailable as error:
+            # Who the peer is cannot be looked up now; it may come again.
+            raise self._rejected(connection, CONGESTED) from error
         if isinstance(actor, Refused):
             raise self._rejected(connection, _REFUSED.get(actor, NO_REASON))
         return actor

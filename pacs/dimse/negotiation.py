@@ -79,6 +79,7 @@ APPLICATION_CONTEXT_NAME: Final = Rejection(1, 1, 2, "application context name")
 CALLING_AE: Final = Rejection(1, 1, 3, "calling AE title not recognized")
 CALLED_AE: Final = Rejection(1, 1, 7, "called AE title not recognized")
 PROTOCOL_VERSION: Final = Rejection(1, 2, 2, "protocol version not supported")
+CONGESTED: Final = Rejection(2, 3, 1, "temporary congestion")
 LOCAL_LIMIT: Final = Rejection(2, 3, 2, "local limit exceeded")
 
 

@@ -29,6 +29,7 @@ from pacs.dimse.pdu import (
 from pacs.imaging import syntaxes
 from pacs.imaging.sopclasses import storage_classes
 from pacs.services.policy import KnownPeer
+from storage.kernel.errors import DependencyDown
 from storage.kernel.limits import KIB, MIB, Limits
 from tests.support import dcmtk
 from tests.support.dimse import (
@@ -38,6 +39,7 @@ from tests.support.dimse import (
     STUDY_FIND,
     VERIFICATION,
     DimseNode,
+    Peers,
     RawPeer,
     associate_rq,
     rejection_of,
@@ -229,6 +231,20 @@ def test_b10_a_known_caller_from_elsewhere_is_rejected(tmp_path: Path) -> None:
 
     with DimseNode(tmp_path, open_access=False, peers=[known]) as node:
         assert rejected(node, associate_rq()) == (1, 1, 3)
+
+
+def test_a_caller_who_cannot_be_looked_up_is_asked_to_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(_: object, title: str) -> KnownPeer | None:
+        raise DependencyDown("database does not answer")
+
+    monkeypatch.setattr(Peers, "find", down)
+
+    with DimseNode(tmp_path, open_access=False) as node:
+        assert rejected(node, associate_rq()) == (2, 3, 1)
+
+    assert node.recorder.rejected == ["temporary congestion"]
 
 
 def test_another_protocol_version_or_application_is_rejected(node: DimseNode) -> None:
