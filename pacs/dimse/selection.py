@@ -36,13 +36,19 @@ GET_CLASSES: Mapping[str, str] = {
 _ROOT_OF = {**MOVE_CLASSES, **GET_CLASSES}
 
 SPECIFIC_CHARACTER_SET = 0x00080005
+PATIENT_ID = UNIQUE_KEYS[LEVELS[0]]
+ISSUER = 0x00100021
 QUERY_RETRIEVE_LEVEL = 0x00080052
 MAX_UID = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Unique keys of a retrieve request, down to its level."""
+    """Unique keys of a retrieve request, down to its level.
+
+    Beside a Patient ID stands the Issuer of Patient ID, when one was given: without
+    it the ID may name several patients.
+    """
 
     level: Level
     keys: Mapping[int, tuple[str, ...]]
@@ -84,6 +90,12 @@ def selection(association: Association, message: Message, limits: Limits) -> Sel
             wanted = "values" if several else "a single value"
             raise IdentityMismatch(f"{BY_TAG[tag].keyword} needs {wanted}", tag)
         keys[tag] = values
+    if PATIENT_ID in keys:
+        issuers = _values(elements, ISSUER, limits)
+        if len(issuers) > 1:
+            raise IdentityMismatch("IssuerOfPatientID needs a single value", ISSUER)
+        if issuers:
+            keys[ISSUER] = issuers
     return Selection(level, keys)
 
 
@@ -91,7 +103,7 @@ def _values(elements: Elements, tag: int, limits: Limits) -> tuple[str, ...]:
     raw = elements.get(tag, b"")
     if isinstance(raw, list):
         raise IdentityMismatch("a sequence where a value belongs", tag)
-    if tag == UNIQUE_KEYS[LEVELS[0]]:
+    if tag in {PATIENT_ID, ISSUER}:
         declared = elements.get(SPECIFIC_CHARACTER_SET, b"")
         decoder = charset.decoder(declared if isinstance(declared, bytes) else b"")
         # A backslash cannot be part of an LO value; it would be a list.

@@ -102,6 +102,7 @@ def by_keys(
     actor: Actor,
     *,
     patient_ids: Sequence[str] = (),
+    issuers: Sequence[str] = (),
     study_uids: Sequence[str] = (),
     series_uids: Sequence[str] = (),
     instance_uids: Sequence[str] = (),
@@ -112,6 +113,7 @@ def by_keys(
     """
     lists = [
         (Study.patient_id, list(patient_ids)),
+        (Study.issuer, list(issuers)),
         (Study.study_instance_uid, list(study_uids)),
         (Series.series_instance_uid, list(series_uids)),
         (Instance.sop_instance_uid, list(instance_uids)),

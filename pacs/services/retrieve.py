@@ -1,8 +1,8 @@
 """Giving stored instances back: the only way out for every protocol.
 
 C-MOVE, C-GET, WADO-RS, forwarding and the file route select instances here and
-stream their bytes. A reader that loses its pack (sealed, rewritten, deleted
-meanwhile) looks the location up once more.
+stream their bytes. Whole objects are compared with their checksums on the way; ranges,
+single frames and metadata are not (`pacs.services.stored`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pacs.imaging.part10 import file_meta
 from pacs.imaging.transcode import can_convert, native_frame, to_syntax
 from pacs.repository import locate
 from pacs.services.metadata import MetadataBody, SeriesBundles
-from pacs.services.sources import CHUNK, ByteSource, LazyBytes, chunked, spliced
+from pacs.services.sources import ByteSource, LazyBytes, chunked, spliced
+from pacs.services.stored import StoredObjects
 from storage.db.engine import Database
 from storage.kernel.errors import (
-    Gone,
     NotFound,
     TooLarge,
     UnsupportedTransferSyntax,
 )
 from storage.kernel.limits import Limits
 from storage.kernel.types import Actor
-from storage.packs.reader import PackGone, PackReader
+from storage.packs.reader import PackReader
 
 EXPLICIT_LE = "1.2.840.10008.1.2.1"
 IMPLICIT_LE = "1.2.840.10008.1.2"
@@ -72,6 +72,8 @@ class RetrieveService:
     decoders : DecoderPool
         Bounded worker processes for everything that is not a plain copy.
     limits : Limits
+    on_corrupt : callable, optional
+        Called when an object is found damaged.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class RetrieveService:
         reader: PackReader,
         decoders: DecoderPool,
         limits: Limits,
+        on_corrupt: Callable[[], None] | None = None,
     ) -> None:
         self._database = database
-        self._reader = reader
+        self._objects = StoredObjects(database, reader, on_corrupt)
         self._decoders = decoders
         self._limits = limits
         self._bundles = SeriesBundles(database, self.metadata)
@@ -171,13 +174,15 @@ class RetrieveService:
         Parameters
         ----------
         keys : mapping of tag to values
-            Patient ID, Study, Series, SOP Instance UID (PS3.4 C.4.2.1.4.1).
+            Patient ID and its issuer, Study, Series, SOP Instance UID (PS3.4
+            C.4.2.1.4.1).
         """
         with self._database.read() as connection:
             return locate.by_keys(
                 connection,
                 actor,
                 patient_ids=keys.get(0x00100020, ()),
+                issuers=keys.get(0x00100021, ()),
                 study_uids=keys.get(0x0020000D, ()),
                 series_uids=keys.get(0x0020000E, ()) if level != Level.STUDY else (),
                 instance_uids=keys.get(0x00080018, ()) if level == Level.IMAGE else (),
@@ -189,33 +194,8 @@ class RetrieveService:
         return stored == transfer_syntax_uid or can_convert(stored, transfer_syntax_uid)
 
     def read_object(self, instance: StoredInstance, offset: int, length: int) -> bytes:
-        """Return a range of the Part-10 object exactly as stored."""
-        length = max(0, min(length, instance.object_length - offset))
-        try:
-            return self._read(instance, offset, length)
-        except PackGone:
-            return self._read(self._again(instance), offset, length)
-
-    def _read(self, instance: StoredInstance, offset: int, length: int) -> bytes:
-        return self._reader.read(
-            instance.pack_key, instance.object_offset + offset, length
-        )
-
-    def _again(self, instance: StoredInstance) -> StoredInstance:
-        with self._database.read() as connection:
-            found = locate.again(connection, instance)
-        if found is None:
-            raise Gone("deleted while being read")
-        return found
-
-    def _iter_object(
-        self, instance: StoredInstance, offset: int, length: int
-    ) -> Iterator[bytes]:
-        while length > 0:
-            chunk = self.read_object(instance, offset, min(CHUNK, length))
-            yield chunk
-            offset += len(chunk)
-            length -= len(chunk)
+        """Return a range of the Part-10 object exactly as stored, unchecked."""
+        return self._objects.read(instance, offset, length)
 
     def part10(
         self, instance: StoredInstance, transfer_syntax_uid: str | None = None
@@ -231,7 +211,7 @@ class RetrieveService:
         if transfer_syntax_uid in {None, stored}:
             return ByteStream(
                 instance.object_length,
-                self._iter_object(instance, 0, instance.object_length),
+                self._objects.chunks(instance),
                 stored,
             )
         target = str(transfer_syntax_uid)
@@ -252,18 +232,24 @@ class RetrieveService:
             return ByteSource.of(data, stream.transfer_syntax_uid, transcoded=True)
 
         def read(offset: int, length: int) -> bytes:
+            if (offset, length) == (0, instance.object_length):
+                return bytes(self._objects.whole(instance))
             return self.read_object(instance, offset, length)
 
-        return ByteSource(instance.object_length, read, stored)
+        return ByteSource(
+            instance.object_length,
+            read,
+            stored,
+            whole=partial(self._objects.chunks, instance),
+        )
 
     def dataset(self, instance: StoredInstance, transfer_syntax_uid: str) -> ByteStream:
         """Return the data set without File Meta, as DIMSE sends it."""
         start = instance.dataset_offset
         if transfer_syntax_uid == instance.transfer_syntax_uid:
-            length = instance.object_length - start
             return ByteStream(
-                length,
-                self._iter_object(instance, start, length),
+                instance.object_length - start,
+                self._objects.chunks(instance, start),
                 transfer_syntax_uid,
             )
         body = self._converted(instance, transfer_syntax_uid)
@@ -286,9 +272,8 @@ class RetrieveService:
             self._limits,
         )
 
-    def _dataset_bytes(self, instance: StoredInstance) -> bytes:
-        start = instance.dataset_offset
-        return self.read_object(instance, start, instance.object_length - start)
+    def _dataset_bytes(self, instance: StoredInstance) -> memoryview:
+        return self._objects.whole(instance, instance.dataset_offset)
 
     def frame_count(self, instance: StoredInstance) -> int:
         """Return how many frames can be asked for; 0 without pixel data."""
@@ -367,8 +352,9 @@ class RetrieveService:
         """Find where the frames of an instance are, at the least cost."""
         syntax = syntaxes.get(instance.transfer_syntax_uid)
         start = instance.dataset_offset
+        body: bytes | memoryview
         if syntax.deflated:
-            body = inflate(memoryview(self._dataset_bytes(instance)), self._limits)
+            body = inflate(self._dataset_bytes(instance), self._limits)
             found = scan(body, 0, len(body), instance.transfer_syntax_uid, self._limits)
             return _FrameSource(
                 frame_ranges(found, instance.number_of_frames or 1),
@@ -393,7 +379,9 @@ class RetrieveService:
             found = scan(body, 0, len(body), instance.transfer_syntax_uid, self._limits)
             table = frame_ranges(found, instance.number_of_frames or 1)
             return _FrameSource(
-                table, lambda offset, length: body[offset : offset + length], found
+                table,
+                lambda offset, length: bytes(body[offset : offset + length]),
+                found,
             )
         length = self._pixel_length(instance)
         n_frames = instance.number_of_frames or 1
@@ -454,8 +442,8 @@ class RetrieveService:
         syntax = syntaxes.get(syntax_uid)
         prefix = bulkdata_prefix(instance)
         if syntax.deflated:
-            body = inflate(memoryview(self._dataset_bytes(instance)), self._limits)
-            return instance_json(body, 0, len(body), syntax_uid, bulkdata_prefix=prefix)
+            plain = inflate(self._dataset_bytes(instance), self._limits)
+            return instance_json(plain, 0, len(plain), syntax_uid, bulkdata_prefix=prefix)
         head = self.read_object(instance, start, instance.header_end - start)
         text = instance_json(
             head,
@@ -519,7 +507,7 @@ class RetrieveService:
             raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
         body: bytes | memoryview = self._dataset_bytes(instance)
         if syntax.deflated:
-            body = inflate(memoryview(body), self._limits)
+            body = inflate(body, self._limits)
         vr, value = value_at(body, 0, len(body), instance.transfer_syntax_uid, path)
         mime = OCTETS
         if path == "00420011":

@@ -157,6 +157,23 @@ def test_a_patient_moves_whole(node: Archive, scp: StoreScp) -> None:
     assert len(scp.wait_for(4)) == 4
 
 
+def test_an_issuer_tells_patients_with_one_id_apart(
+    node: Archive, scp: StoreScp
+) -> None:
+    node.store(part10(ct_slice(PatientID="P", IssuerOfPatientID="HOSPITAL-A")))
+    [wanted] = node.store_all(
+        [ct_slice(seed=2, PatientID="P", IssuerOfPatientID="HOSPITAL-B")]
+    )
+    node.add_peer(scp.title, scp.port)
+    keys = ("QueryRetrieveLevel=PATIENT", "PatientID=P")
+
+    move(node, *keys, "IssuerOfPatientID=HOSPITAL-B", root="-P")
+    assert list(scp.wait_for(1)) == [wanted]
+
+    move(node, *keys, "IssuerOfPatientID=", root="-P")
+    assert len(scp.wait_for(2)) == 2
+
+
 def test_a_study_is_got_byte_for_byte(node: Archive, tmp_path: Path) -> None:
     made = {str(ds.SOPInstanceUID): part10(ds) for ds in a_study(n_series=2)}
     for file in made.values():
