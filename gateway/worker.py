@@ -102,8 +102,8 @@ class Worker:
         """Block until `stop` is set and the loops have ended."""
         for loop in self.loops:
             self.health[loop.name] = LoopHealth()
-        if self.jobs is not None:
-            self.jobs.start()
+        if self.jobs is not None and not _start(self.jobs, stop):
+            return
         threads = [
             threading.Thread(
                 target=self._turn, args=(loop, stop), name=loop.name, daemon=True
@@ -146,6 +146,23 @@ class Worker:
     def _observe(self, loop: Loop, started: float, *, failed: bool) -> None:
         if self.observer is not None:
             self.observer.looped(loop.name, time.monotonic() - started, failed=failed)
+
+
+def _start(jobs: JobRunner, stop: threading.Event) -> bool:
+    """Start the jobs once what they need answers; False when told to stop first."""
+    pause, longest = BACK_OFF_SECONDS
+    while not stop.is_set():
+        try:
+            jobs.start()
+        except Unavailable as error:
+            log.warning(
+                "jobs wait: %s", error, extra={"event": "jobs.wait", "code": error.code}
+            )
+            stop.wait(pause)
+            pause = min(pause * 2, longest)
+        else:
+            return True
+    return False
 
 
 def _tick(loop: Loop) -> int | None:

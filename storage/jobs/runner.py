@@ -16,14 +16,19 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from storage.db.engine import parse_url
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import OperationalError
+
+from storage.db.engine import Database, parse_url
 from storage.kernel.errors import (
     Conflict,
+    DependencyDown,
     ImagingError,
     InvalidParameter,
     NotFound,
@@ -151,12 +156,32 @@ class JobRunner:
         self._kinds[name] = _Kind(handler, concurrency, retry or Retry())
 
     def start(self) -> None:
-        """Launch: resume what was interrupted, then work off the queues."""
-        from dbos import DBOS, DBOSConfig
+        """Launch: resume what was interrupted, then work off the queues.
+
+        Raises
+        ------
+        DependencyDown
+            The database does not answer; starting again can help.
+        """
+        from dbos import DBOS
 
         sqlite = self._url.get_backend_name() == "sqlite"
         if sqlite:
             _use_wal(Path(self._url.database or ""))
+        else:
+            _ask(self._url)
+        _quiet()
+        try:
+            self._launch()
+        except OperationalError as error:
+            DBOS.destroy(destroy_registry=True)
+            raise DependencyDown("database does not answer") from error
+        self._running = True
+
+    def _launch(self) -> None:
+        from dbos import DBOS, DBOSConfig
+
+        sqlite = self._url.get_backend_name() == "sqlite"
         url = self._url if sqlite else self._url.set(drivername="postgresql")
         config: DBOSConfig = {
             "name": APPLICATION,
@@ -170,7 +195,6 @@ class JobRunner:
             "log_level": "WARNING",
             "sys_db_pool_size": 5,
         }
-        _quiet()
         DBOS(config=config)
 
         @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=MAX_INTERRUPTIONS)
@@ -180,7 +204,6 @@ class JobRunner:
             return self._job(name, key, payload, attempt, first)
 
         DBOS.launch()
-        self._running = True
         for name, kind in self._kinds.items():
             DBOS.register_queue(
                 name,
@@ -394,6 +417,15 @@ def _quiet() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and record.exc_info[0] is JobFailed)
+
+
+def _ask(url: URL) -> None:
+    """Raise DependencyDown unless the database answers.
+
+    A launch that fails would say so in a traceback, and leave threads behind.
+    """
+    with closing(Database(url.render_as_string(hide_password=False))) as database:
+        database.ping()
 
 
 def _use_wal(path: Path) -> None:

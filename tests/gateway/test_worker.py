@@ -15,6 +15,7 @@ from gateway.worker import Follower, Loop, Worker, standard_loops
 from storage import outbox
 from storage.db import migrate
 from storage.db.engine import Database
+from storage.jobs.runner import JobRunner
 from storage.kernel.clock import SystemClock
 from storage.kernel.errors import DependencyDown
 from storage.outbox import ChangeFeed, Event
@@ -101,6 +102,54 @@ def test_what_is_down_is_a_warning_without_traceback(
 
     assert {r.levelname for r in caplog.records} == {"WARNING"}
     assert all(r.exc_info is None for r in caplog.records)
+
+
+class LateJobs(JobRunner):
+    """Jobs whose database is away at first."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__("sqlite://")
+        self.failures = failures
+        self.calls: list[str] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+        if len(self.calls) <= self.failures:
+            raise DependencyDown("database does not answer")
+
+    def stop(self, *, grace_seconds: int = 10) -> None:
+        self.calls.append("stop")
+
+
+def test_jobs_wait_for_their_database(
+    running: Callable[[Worker], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs, ticked = LateJobs(2), threading.Event()
+
+    def tick() -> int:
+        ticked.set()
+        return 0
+
+    running(Worker([Loop("x", tick)], jobs))
+
+    assert ticked.wait(10)
+    assert jobs.calls == ["start"] * 3
+    assert [r.getMessage() for r in caplog.records] == [
+        "jobs wait: database does not answer"
+    ] * 2
+
+
+def test_a_worker_that_waits_for_its_jobs_can_be_stopped() -> None:
+    jobs, stop = LateJobs(1_000_000), threading.Event()
+    thread = threading.Thread(target=Worker([], jobs).run, args=(stop,))
+    thread.start()
+    eventually(lambda: jobs.calls)
+
+    stop.set()
+    thread.join(10)
+
+    assert not thread.is_alive()
+    assert "stop" not in jobs.calls
 
 
 def test_a_busy_loop_does_not_pause(running: Callable[[Worker], None]) -> None:

@@ -19,10 +19,12 @@ from storage.jobs import runner as runner_module
 from storage.jobs.runner import JobRunner, Payload, Retry
 from storage.kernel.errors import (
     Conflict,
+    DependencyDown,
     InvalidParameter,
     NotFound,
     Unavailable,
 )
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[3]
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -196,6 +198,36 @@ def test_finished_jobs_are_forgotten_after_a_while(
     assert runner.prune(timedelta(0)) == 1
     with pytest.raises(NotFound):
         runner.state("ok", "a")
+
+
+@on_sqlite
+def test_a_database_that_is_away_is_said_so_and_can_come_back(
+    start: Callable[[dict[str, object]], JobRunner],
+) -> None:
+    away = JobRunner(f"postgresql://nobody@127.0.0.1:{free_port()}/nothing")
+
+    for _ in range(2):
+        with pytest.raises(DependencyDown):
+            away.start()
+    away.stop()
+
+    runner = start({"ok": lambda _: None})
+    runner.enqueue("ok", "a", {})
+    assert ended(runner, "ok", "a").state == "done"  # type: ignore[attr-defined]
+
+
+@on_sqlite
+def test_a_launch_that_fails_can_be_repeated(
+    start: Callable[[dict[str, object]], JobRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The server went away after it was asked.
+    monkeypatch.setattr(runner_module, "_ask", lambda _url: None)
+    with pytest.raises(DependencyDown):
+        JobRunner(f"postgresql://nobody@127.0.0.1:{free_port()}/nothing").start()
+
+    runner = start({"ok": lambda _: None})
+    runner.enqueue("ok", "a", {})
+    assert ended(runner, "ok", "a").state == "done"  # type: ignore[attr-defined]
 
 
 @on_sqlite
