@@ -43,6 +43,11 @@ def person_name(text: str) -> list[dict[str, str]]:
 
 def _text(tag: int, vr: str, text: str) -> str:
     """Render text; a backslash separates values (PS3.18 F.2.4, F.2.5)."""
+    if not text:
+        return f'"{tag:08X}":{{"vr":"{vr}"}}'
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+        # Nothing that JSON would escape, and one value.
+        return f'"{tag:08X}":{{"vr":"{vr}","Value":["{text}"]}}'
     return member(tag, vr, [part or None for part in text.split("\\")] if text else [])
 
 

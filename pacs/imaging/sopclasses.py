@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 from storage.kernel.uids import is_uid
 
@@ -33,6 +33,7 @@ def storage_classes() -> tuple[str, ...]:
     )
 
 
+@lru_cache(maxsize=1024)
 def is_storage(uid: str) -> bool:
     """Tell whether objects of this SOP class are stored.
 

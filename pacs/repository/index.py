@@ -11,7 +11,8 @@ import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 import psycopg
@@ -119,6 +120,25 @@ class _Known:
     study_pk: int
     series_pk: int
     listed: set[tuple[str, str]] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownStudy:
+    """A study whose row exists, of a series that has none."""
+
+    patient_pk: int
+    study_pk: int
+
+
+class _Made(NamedTuple):
+    """What a row's parents took: a new series, and which rows count it already."""
+
+    series: bool
+    series_counts: bool
+    study_counts: bool
+
+
+_NOTHING_MADE = _Made(series=False, series_counts=False, study_counts=False)
 
 
 class _Cursor(Protocol):
@@ -262,26 +282,29 @@ class IndexWriter:
             try:
                 if row.written is Written.REFUSED:
                     continue
-                known, new_series = self._resolve(run, row)
+                known, made = self._resolve(run, row, settle_due_us)
                 fresh = self._insert_instance(run, row, known.series_pk)
             except IdentityMismatch as error:
                 row.written, row.error = Written.REFUSED, error
                 continue
             if fresh is None:
                 continue
-            added = series_added.setdefault(
-                known.series_pk, _Added(row.key, known.study_pk)
-            )
-            added.instances += fresh
-            added.size_bytes += row.object_length
-            added = study_added.setdefault(
-                known.study_pk, _Added(row.key, known.study_pk)
-            )
-            added.instances += fresh
-            added.size_bytes += row.object_length
-            added.series += new_series
             latest_us = max(latest_us, row.received_us)
-            self._list_in_study(run, row, known)
+            # Rows that were made with this instance count it already.
+            if not made.series_counts:
+                added = series_added.setdefault(
+                    known.series_pk, _Added(row.key, known.study_pk)
+                )
+                added.instances += fresh
+                added.size_bytes += row.object_length
+            if not made.study_counts:
+                added = study_added.setdefault(
+                    known.study_pk, _Added(row.key, known.study_pk)
+                )
+                added.instances += fresh
+                added.size_bytes += row.object_length
+                added.series += made.series
+                self._list_in_study(run, row, known)
         # The UIDs guard against remembered keys that another process has deleted
         # and the database has given to other rows.
         for pk in sorted(series_added):
@@ -458,24 +481,27 @@ class IndexWriter:
         return pk
 
     def _resolve(
-        self, run: Callable[..., _Cursor], row: InstanceRow
-    ) -> tuple[_Known, int]:
-        """Return the parents' keys and 1 when the series was made now."""
+        self, run: Callable[..., _Cursor], row: InstanceRow, settle_due_us: int
+    ) -> tuple[_Known, _Made]:
+        """Return the parents' keys, and what was made now."""
         known = self._series.get(row.key)
+        made = _NOTHING_MADE
         if known is not None:
-            return known, 0
+            return known, made
         found = self._find_parents(run, row.key)
-        made = 0
-        if found is None:
-            found, made = self._make_parents(run, row)
+        if isinstance(found, _Known):
+            known = found
+        else:
+            known, made = self._make_parents(run, row, found, settle_due_us)
         if len(self._series) >= CACHED_SERIES:
             self._series.clear()
-        self._series[row.key] = found
-        return found, made
+        self._series[row.key] = known
+        return known, made
 
     def _find_parents(
         self, run: Callable[..., _Cursor], key: ParentKey
-    ) -> _Known | None:
+    ) -> _Known | _KnownStudy | None:
+        """Return the series with its parents, else its study, else None."""
         # One statement, one snapshot: what another process commits between two of
         # them would look like a contradiction.
         found = run(
@@ -486,11 +512,12 @@ class IndexWriter:
             (key.tenant, key.series_instance_uid),
         ).fetchone()
         if found is None:
-            patient = run(
-                "SELECT patient_id, issuer FROM study"
+            study = run(
+                "SELECT id, patient_pk, patient_id, issuer FROM study"
                 " WHERE tenant=? AND study_instance_uid=?",
                 (key.tenant, key.study_instance_uid),
             ).fetchone()
+            patient = None if study is None else study[2:]
         elif found[5] != key.study_instance_uid:
             raise IdentityMismatch(
                 "the series is stored under another study", SERIES_UID_TAG
@@ -501,50 +528,75 @@ class IndexWriter:
             raise IdentityMismatch(
                 "the study is stored under another patient", PATIENT_ID_TAG
             )
-        return None if found is None else _Known(found[2], found[1], found[0])
+        if found is not None:
+            return _Known(found[2], found[1], found[0])
+        return None if study is None else _KnownStudy(study[1], study[0])
 
     def _make_parents(
-        self, run: Callable[..., _Cursor], row: InstanceRow
-    ) -> tuple[_Known, int]:
-        """Insert what is missing. Two processes may try at once: the first wins."""
-        values = row.parents()
-        key = row.key
-        study = run(
-            "SELECT id, patient_pk FROM study WHERE tenant=? AND study_instance_uid=?",
-            (key.tenant, key.study_instance_uid),
-        ).fetchone()
-        if study is None:
-            patient_pk = self._insert(
-                run, "patient", values.patient, ("tenant", "issuer", "patient_id")
-            )
-            study_pk = self._insert(
-                run,
-                "study",
-                {**values.study, "patient_pk": patient_pk},
-                ("tenant", "study_instance_uid"),
-            )
-        else:
-            study_pk, patient_pk = study
-        series_pk, made = self._insert_or_find(
-            run,
-            "series",
-            {**values.series, "study_pk": study_pk},
-            ("tenant", "series_instance_uid"),
-        )
-        if not made or study is None:
-            # Another process may have made the study or series between the look
-            # and the insert, under another patient or study.
-            self._find_parents(run, key)
-        return _Known(patient_pk, study_pk, series_pk), made
-
-    def _insert(
         self,
         run: Callable[..., _Cursor],
-        table: str,
-        values: dict[str, Any],
-        unique: tuple[str, ...],
-    ) -> int:
-        return self._insert_or_find(run, table, values, unique)[0]
+        row: InstanceRow,
+        study: _KnownStudy | None,
+        settle_due_us: int,
+    ) -> tuple[_Known, _Made]:
+        """Insert what is missing. Two processes may try at once: the first wins.
+
+        New rows count the instance at once, when it is certain to be inserted: the
+        study's and series' own statements are most of what a study of one image
+        costs.
+        """
+        values = row.parents()
+        counts = (
+            row.location is not None
+            and row.written is not Written.DUPLICATE
+            and not row.replace
+        )
+        counted: dict[str, Any] = {}
+        if counts:
+            counted = {
+                "n_instances": 1,
+                "size_bytes": row.object_length,
+                "updated_us": row.received_us,
+            }
+        made_study = False
+        if study is None:
+            patient_pk, _ = self._insert_or_find(
+                run, "patient", values.patient, ("tenant", "issuer", "patient_id")
+            )
+            listed = {"modalities": row.modality, "sop_classes": row.sop_class_uid}
+            study_pk, made_study = self._insert_or_find(
+                run,
+                "study",
+                {
+                    **values.study,
+                    **counted,
+                    **(listed if counts else {}),
+                    "n_series": int(counts),
+                    "settle_due_us": settle_due_us,
+                    "patient_pk": patient_pk,
+                },
+                ("tenant", "study_instance_uid"),
+            )
+            study = _KnownStudy(patient_pk, study_pk)
+        series_pk, made_series = self._insert_or_find(
+            run,
+            "series",
+            {
+                **values.series,
+                **counted,
+                "revision": int(counts),
+                "study_pk": study.study_pk,
+            },
+            ("tenant", "series_instance_uid"),
+        )
+        known = _Known(study.patient_pk, study.study_pk, series_pk)
+        if counts and made_study:
+            known.listed.add((row.modality, row.sop_class_uid))
+        if not (made_series and made_study):
+            # Another process may have made the study or series between the look
+            # and the insert, under another patient or study.
+            self._find_parents(run, row.key)
+        return known, _Made(made_series, counts and made_series, counts and made_study)
 
     @staticmethod
     def _insert_or_find(
@@ -552,24 +604,14 @@ class IndexWriter:
         table: str,
         values: dict[str, Any],
         unique: tuple[str, ...],
-    ) -> tuple[int, int]:
-        """Return the key of the row with these unique values, and 1 if new."""
-        # Table and column names are ours, from the models; values are bound.
-        columns = ", ".join(values)
-        marks = ",".join("?" * len(values))
-        row = run(
-            f"INSERT INTO {table} ({columns}) VALUES ({marks})"  # noqa: S608
-            f" ON CONFLICT ({', '.join(unique)}) DO NOTHING RETURNING id",
-            tuple(values.values()),
-        ).fetchone()
+    ) -> tuple[int, bool]:
+        """Return the key of the row with these unique values, and if it is new."""
+        insert, find = _statements(table, tuple(values), unique)
+        row = run(insert, tuple(values.values())).fetchone()
         if row is not None:
-            return int(row[0]), 1
-        where = " AND ".join(f"{name}=?" for name in unique)
-        row = run(
-            f"SELECT id FROM {table} WHERE {where}",  # noqa: S608
-            tuple(values[name] for name in unique),
-        ).fetchone()
-        return int(row[0]), 0
+            return int(row[0]), True
+        row = run(find, tuple(values[name] for name in unique)).fetchone()
+        return int(row[0]), False
 
     def _list_in_study(
         self, run: Callable[..., _Cursor], row: InstanceRow, known: _Known
@@ -604,6 +646,21 @@ class IndexWriter:
         cursor = raw.cursor()
         cursor.executemany(sql if self._is_sqlite else sql.replace("?", "%s"), events)
         cursor.close()
+
+
+@lru_cache(maxsize=32)
+def _statements(
+    table: str, columns: tuple[str, ...], unique: tuple[str, ...]
+) -> tuple[str, str]:
+    """Return the statements that insert a row or find the one that is there."""
+    # Table and column names are ours, from the models; values are bound.
+    names, marks = ", ".join(columns), ",".join("?" * len(columns))
+    where = " AND ".join(f"{name}=?" for name in unique)
+    insert = (
+        f"INSERT INTO {table} ({names}) VALUES ({marks})"  # noqa: S608
+        f" ON CONFLICT ({', '.join(unique)}) DO NOTHING RETURNING id"
+    )
+    return insert, f"SELECT id FROM {table} WHERE {where}"  # noqa: S608
 
 
 _EVENTS = {

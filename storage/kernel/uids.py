@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from functools import lru_cache
 
 #: Our implementation. Made from a UUID (PS3.5 B.2); fixed for all versions.
 IMPLEMENTATION_CLASS_UID = "2.25.207653116520310884106390113370927046421"
@@ -12,6 +13,7 @@ IMPLEMENTATION_VERSION_NAME = "HUYING_0_1"
 _UID = re.compile(r"(?:0|[1-9][0-9]*)(?:\.(?:0|[1-9][0-9]*))*\Z")
 
 
+@lru_cache(maxsize=4096)
 def is_uid(value: str) -> bool:
     """Tell whether `value` is a legal UID (PS3.5 9.1): 1 to 64 characters,
     dotted decimal components without leading zeros.
