@@ -21,7 +21,6 @@ def main() -> None:
         return 0
 
     entity = AE("STORE")
-    entity.maximum_pdu_size = 0
     entity.supported_contexts = AllStoragePresentationContexts
     entity.start_server(("127.0.0.1", port), evt_handlers=[(evt.EVT_C_STORE, store)])
 
