@@ -69,6 +69,9 @@ ASSOCIATIONS_OPEN = Gauge(
     "Associations at this moment.",
     multiprocess_mode="livesum",
 )
+CORRUPT_READS = Counter(
+    "huying_corrupt_reads", "Stored objects that failed their checksum when read."
+)
 DECODE_SECONDS = Histogram(
     "huying_decode_seconds",
     "Frames decoded by worker processes.",

@@ -443,7 +443,9 @@ class RetrieveService:
         prefix = bulkdata_prefix(instance)
         if syntax.deflated:
             plain = inflate(self._dataset_bytes(instance), self._limits)
-            return instance_json(plain, 0, len(plain), syntax_uid, bulkdata_prefix=prefix)
+            return instance_json(
+                plain, 0, len(plain), syntax_uid, bulkdata_prefix=prefix
+            )
         head = self.read_object(instance, start, instance.header_end - start)
         text = instance_json(
             head,

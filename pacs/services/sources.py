@@ -16,13 +16,14 @@ class ByteSource:
     """Bytes of a known length that can be read from anywhere.
 
     `transfer_syntax_uid` says what they are in; `transcoded` whether they are not
-    the bytes that were received.
+    the bytes that were received. `whole` reads all of them in a way of its own.
     """
 
     length: int
     read: Callable[[int, int], bytes]
     transfer_syntax_uid: str
     transcoded: bool = False
+    whole: Callable[[], Iterator[bytes]] | None = None
 
     @classmethod
     def of(
@@ -39,6 +40,9 @@ class ByteSource:
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         """Yield the bytes from `start` to `stop`, at most 1 MiB at a time."""
         end = self.length if stop is None else min(stop, self.length)
+        if self.whole is not None and (start, end) == (0, self.length):
+            yield from self.whole()
+            return
         while start < end:
             chunk = self.read(start, min(CHUNK, end - start))
             yield chunk

@@ -35,10 +35,9 @@ from pacs.dimse.commit import (
     ReportSender,
 )
 from pacs.dimse.deliver import Outgoing
-from pacs.domain.study import StoredInstance
 from pacs.imaging.syntaxes import EXPLICIT_VR_LE, IMPLICIT_VR_LE
 from pacs.services.policy import KnownPeer
-from storage.kernel.errors import CorruptData, DependencyDown
+from storage.kernel.errors import DependencyDown
 from storage.kernel.limits import Limits
 from storage.kernel.uids import new_uid
 from tests.support.archive import ADMIN, TIMEOUTS, Archive, archive
@@ -384,21 +383,14 @@ def encapsulated(ds: Dataset, syntax: str) -> bytes:
 
 
 @pytest.fixture
-def half_readable(node: Archive, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Three instances of two chunks; of the second only the first can be read."""
-    uids = node.store_all(a_study(n_instances=3, size=1024))
-    read = node.node.retrieve.read_object
-
-    def failing(instance: StoredInstance, offset: int, length: int) -> bytes:
-        if instance.sop_instance_uid == uids[1] and offset > 1_000_000:
-            raise CorruptData("a pack is shorter than the index says")
-        return read(instance, offset, length)
-
-    monkeypatch.setattr(node.node.retrieve, "read_object", failing)
+def half_readable(node: Archive) -> list[str]:
+    """Three instances too long to be looked at before they are sent; one damaged."""
+    uids = node.store_all(a_study(n_instances=3, size=1536))
+    node.damage(uids[1])
     return uids
 
 
-def test_an_instance_that_ends_early_does_not_take_the_move_with_it(
+def test_d04_a_long_damaged_instance_does_not_take_the_move_with_it(
     node: Archive, half_readable: list[str]
 ) -> None:
     with PyScp().running() as scp:
@@ -415,7 +407,7 @@ def test_an_instance_that_ends_early_does_not_take_the_move_with_it(
     assert scp.associations == 2
 
 
-def test_an_instance_that_ends_early_aborts_the_get(
+def test_d04_a_long_damaged_instance_aborts_the_get(
     node: Archive, half_readable: list[str]
 ) -> None:
     association = asking(node, GET_MODEL, CT)
@@ -428,6 +420,27 @@ def test_an_instance_that_ends_early_aborts_the_get(
 
     with pytest.raises(DependencyDown, match="aborted by the peer"):
         get_all(association, number)
+
+
+def test_d04_a_short_damaged_instance_is_a_failed_sub_operation(node: Archive) -> None:
+    uids = node.store_all(a_study(n_instances=3))
+    node.damage(uids[1])
+    with PyScp().running() as scp:
+        node.add_peer(scp.title, scp.port)
+
+        reply = move(node, scp.title)
+
+    assert reply.status == 0xB000
+    assert counted(reply) == (2, 1, 0)
+    assert failed_uids(reply) == [uids[1]]
+    assert [one.instance_uid for one in scp.received] == [uids[0], uids[2]]
+    assert scp.associations == 1
+
+    with asking(node, GET_MODEL, CT) as association:
+        offer = association.offer(GET_MODEL)
+        number = request(association, offer, CommandField.C_GET_RQ, study_keys())
+        final, stored = get_all(association, number)
+    assert (final.status, stored, failed_uids(final)) == (0xB000, 2, [uids[1]])
 
 
 def test_b25_more_than_the_counters_hold_is_refused_up_front(tmp_path: Path) -> None:

@@ -252,14 +252,14 @@ def test_a_reader_of_something_deleted_and_unlinked_is_told(life: Life) -> None:
 @once
 def test_a_reader_never_goes_on_in_other_content(life: Life) -> None:
     """On SQLite the new row may even have the key of the old one."""
-    life.store(ct_slice(size=1000))
+    life.store(ct_slice(size=1536))
     stored = life.located(uid(1, 1, 1))
     stream = life.retrieve.dataset(stored, stored.transfer_syntax_uid)
     next(stream.chunks)
     [path] = life.files()
     life.roll()
     life.deletion.delete(admin(), STUDY)
-    life.store(ct_slice(size=1000, StationName="OTHER"))
+    life.store(ct_slice(size=1536, StationName="OTHER"))
     life.reader.forget(stored.pack_key)
     path.unlink()
 
