@@ -30,7 +30,14 @@ import pacs.web.dependencies
 import viewer.app
 from gateway import metrics, pages
 from gateway.http import api, application, health
-from gateway.worker import Follower, Loop, Worker, standard_loops, stop_on_signal
+from gateway.worker import (
+    PRUNE_SECONDS,
+    Follower,
+    Loop,
+    Worker,
+    standard_loops,
+    stop_on_signal,
+)
 from pacs.dimse.association import Handler
 from pacs.dimse.command import CommandField
 from pacs.dimse.commit import CommitHandler, ReportSender
@@ -172,7 +179,11 @@ def open_node(settings: Settings) -> Node:
         our_aes=our_aes(settings), peers=peers, open_access=settings.open
     )
     retrieve = RetrieveService(
-        database=database, reader=reader, decoders=decoders, limits=settings.limits
+        database=database,
+        reader=reader,
+        decoders=decoders,
+        limits=settings.limits,
+        on_corrupt=metrics.CORRUPT_READS.inc,
     )
     return Node(
         settings=settings,
@@ -315,6 +326,7 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
         changes=node.feed,
         settling=node.settling,
         peers=node.peers,
+        commitments=commitment(node),
         policy=node.policy,
         facts={
             "id": settings.node.id,
@@ -476,6 +488,9 @@ def run_worker(settings: Settings, slot: int) -> None:
         )
         loops.append(Loop("follow.activity", partial(_count_arrivals, node.feed), 0.5))
         loops.append(
+            Loop("prune.commitments", partial(_prune_commitments, node), PRUNE_SECONDS)
+        )
+        loops.append(
             Loop("gauges", partial(_gauge, node, jobs, followers), GAUGE_SECONDS)
         )
         Worker(loops, jobs, metrics.LoopMetrics()).run(stop)
@@ -574,6 +589,12 @@ def _prepare_metadata(retrieve: RetrieveService, event: Event) -> None:
 
 def _count_arrivals(feed: ChangeFeed) -> int:
     return feed.follow_batch(activity.FOLLOWER, activity.count, kinds=activity.KINDS)
+
+
+def _prune_commitments(node: Node) -> int:
+    """Forget transactions as old as forgotten events, whose delivery is over."""
+    days = max(node.settings.worker.event_days, DELIVERY_DAYS + 1)
+    return commitment(node).prune(node.clock.now_us() - int(days * 86_400e6))
 
 
 def _gauge(node: Node, jobs: JobRunner, followers: list[Follower]) -> int:

@@ -1,16 +1,17 @@
-"""``/api/v1``: the change feed, settling, peers, and what this node is."""
+"""``/api/v1``: changes, settling, peers, commitments, and what this node is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import orjson
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
+from pacs.services.commitment import Transaction
 from pacs.services.policy import Action, KnownPeer
-from storage.kernel.errors import InvalidParameter, TooLarge
+from storage.kernel.errors import InvalidParameter, NotFound, TooLarge
 from storage.kernel.types import Actor
 from storage.outbox import ChangePage
 
@@ -45,6 +46,12 @@ class Peers(Protocol):
     def remove(self, title: str) -> None: ...
 
 
+class Commitments(Protocol):
+    """The storage commitment transactions."""
+
+    def find(self, actor: Actor, transaction_uid: str) -> Sequence[Transaction]: ...
+
+
 class Policy(Protocol):
     """Who may do what."""
 
@@ -58,6 +65,7 @@ class Services:
     changes: Changes
     settling: Settler
     peers: Peers
+    commitments: Commitments
     policy: Policy
     facts: Mapping[str, Any]
 
@@ -159,6 +167,41 @@ def remove_peer(
     using.policy.require(actor, Action.ADMINISTER)
     using.peers.remove(title)
     return Response(status_code=204)
+
+
+@router.get("/commitments/{transaction}")
+def read_commitment(actor: Asking, using: Using, transaction: Uid) -> Response:
+    """Return where a storage commitment transaction stands, for each asking peer."""
+    using.policy.require(actor, Action.COMMIT)
+    found = using.commitments.find(actor, transaction)
+    if not found:
+        raise NotFound("no such transaction")
+    return _json([_standing(one) for one in found])
+
+
+def _standing(one: Transaction) -> dict[str, Any]:
+    report = one.report
+    state = "waiting"
+    if report is not None:
+        state = "delivered" if report.delivered else "checked"
+    return {
+        "transaction": one.transaction_uid,
+        "peer": one.peer_ae,
+        "references": one.n_references,
+        "state": state,
+        "attempts": one.attempts,
+        "committed": None if report is None else len(report.committed),
+        "failed": []
+        if report is None
+        else [
+            {
+                "class": reference.sop_class_uid,
+                "instance": reference.sop_instance_uid,
+                "reason": reason,
+            }
+            for reference, reason in report.failed
+        ],
+    }
 
 
 def _described(peer: KnownPeer) -> dict[str, Any]:

@@ -323,11 +323,15 @@ class CommitmentService:
             )
 
     def prune(self, before_us: int) -> int:
-        """Forget transactions delivered before that time; return how many."""
+        """Forget transactions asked for before that time; return how many.
+
+        Whatever became of them: a result that nobody took in all that time is no
+        longer offered either.
+        """
         with self._database.write() as connection:
             removed = connection.execute(
                 delete(CommitmentRequest).where(
-                    CommitmentRequest.delivered_us < before_us
+                    CommitmentRequest.created_us < before_us
                 )
             )
         return removed.rowcount

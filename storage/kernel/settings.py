@@ -208,7 +208,9 @@ class Pacs(_Part):
 class Worker(_Part):
     """The background process."""
 
-    event_days: float = Field(30, gt=0, description="how long change events are kept")
+    event_days: float = Field(
+        30, gt=0, description="how long change events and commitment results are kept"
+    )
     job_days: float = Field(7, gt=0, description="how long finished jobs are kept")
 
 

@@ -141,6 +141,16 @@ def test_commitment_is_delivered_on_an_association_of_the_nodes(
         0x0112,
     )
 
+    path = f"/api/v1/commitments/{transaction}"
+    wait_until(lambda: node.get(path).json()[0]["state"] == "delivered", "the delivery")
+    [standing] = node.get(path).json()
+    assert (standing["peer"], standing["references"]) == (modality.title, 3)
+    assert standing["committed"] == 2
+    assert standing["failed"] == [
+        {"class": CT, "instance": "1.2.3.4", "reason": 0x0112}
+    ]
+    assert node.get("/api/v1/commitments/1.2.3").status == 404
+
 
 def test_the_command_line_echoes_and_sends(node: RunningNode) -> None:
     [ds] = a_study(seed=104, n_instances=1)
