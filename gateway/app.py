@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -94,6 +95,8 @@ DICOMWEB = "/dicom-web"
 DRAIN_SECONDS = 15
 #: How often the worker looks at queues, lags and free space for `/metrics`.
 GAUGE_SECONDS = 10.0
+#: Lower priority of the worker: receiving and answering come first.
+WORKER_NICE = 10
 #: How often a process looks after the rows of its own packs.
 BOOK_SECONDS = 2.0
 #: How long a peer, or the object store, may be away before a job is given up.
@@ -471,8 +474,9 @@ def commitment(node: Node) -> CommitmentService:
 
 
 def run_worker(settings: Settings, slot: int) -> None:
-    """Be the worker until SIGTERM."""
+    """Be the worker until SIGTERM; it gives way to the processes that answer."""
     stop = stop_on_signal()
+    os.nice(WORKER_NICE)
     with _opened(settings) as node:
         jobs = JobRunner(settings.jobs_url(), slot=f"worker-{slot + 1}")
         followers, ticks = _background(node, jobs)
