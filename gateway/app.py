@@ -99,6 +99,8 @@ GAUGE_SECONDS = 10.0
 WORKER_NICE = 10
 #: How often a process looks after the rows of its own packs.
 BOOK_SECONDS = 2.0
+#: How often the object folder is searched for unfinished files.
+SWEEP_SECONDS = 86_400.0
 #: How long a peer, or the object store, may be away before a job is given up.
 DELIVERY_DAYS = 7
 
@@ -494,6 +496,8 @@ def run_worker(settings: Settings, slot: int) -> None:
         loops.append(
             Loop("prune.commitments", partial(_prune_commitments, node), PRUNE_SECONDS)
         )
+        if isinstance(node.objects, FileObjectStore):
+            loops.append(Loop("sweep.objects", node.objects.sweep, SWEEP_SECONDS))
         loops.append(
             Loop("gauges", partial(_gauge, node, jobs, followers), GAUGE_SECONDS)
         )

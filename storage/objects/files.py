@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from storage.objects.protocol import ObjectInfo, check_key
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SUFFIX = ".sha256"
+_UNFINISHED = ".put-"
+#: No upload takes this long: what is older belongs to a process that was killed.
+LEFT_SECONDS = 86_400.0
 
 
 class FileObjectStore:
@@ -36,7 +40,7 @@ class FileObjectStore:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(
-                dir=target.parent, prefix=".put-", delete=False
+                dir=target.parent, prefix=_UNFINISHED, delete=False
             ) as temporary:
                 try:
                     size, digest = _copy(path, temporary.fileno())
@@ -97,7 +101,7 @@ class FileObjectStore:
         found = []
         for folder, _, names in os.walk(self._root):
             for name in names:
-                if name.startswith(".put-") or name.endswith(_SUFFIX):
+                if name.startswith(_UNFINISHED) or name.endswith(_SUFFIX):
                     continue
                 path = Path(folder) / name
                 key = path.relative_to(self._root).as_posix()
@@ -112,12 +116,36 @@ class FileObjectStore:
 
     def health(self) -> None:
         try:
-            with tempfile.NamedTemporaryFile(dir=self._root, prefix=".put-") as probe:
+            with tempfile.NamedTemporaryFile(
+                dir=self._root, prefix=_UNFINISHED
+            ) as probe:
                 probe.write(b"ok")
                 probe.flush()
             shutil.disk_usage(self._root)
         except OSError as error:
             raise _translated(error) from error
+
+    def sweep(self) -> int:
+        """Remove what processes that were killed left behind; return how many files."""
+        before = time.time() - LEFT_SECONDS
+        removed = 0
+        try:
+            for folder, _, names in os.walk(self._root):
+                there = set(names)
+                for name in names:
+                    left = name.startswith(_UNFINISHED) or (
+                        name.endswith(_SUFFIX)
+                        and name.removesuffix(_SUFFIX) not in there
+                    )
+                    path = Path(folder) / name
+                    if left and path.stat().st_mtime < before:
+                        path.unlink()
+                        removed += 1
+        except FileNotFoundError:
+            pass  # stored or deleted meanwhile; the next round sees the rest
+        except OSError as error:
+            raise _translated(error) from error
+        return removed
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import threading
 import time
@@ -166,6 +167,31 @@ def test_a_source_that_is_not_there_is_our_own_error(
 ) -> None:
     with pytest.raises(DependencyDown):
         store.put_file("key", tmp_path / "missing", "")
+
+
+def test_files_of_a_killed_upload_go_after_a_day(tmp_path: Path) -> None:
+    store = FileObjectStore(tmp_path / "objects")
+    source = tmp_path / "source"
+    source.write_bytes(b"kept")
+    store.put_file("a/kept.pack", source, hashlib.sha256(b"kept").hexdigest())
+    folder = tmp_path / "objects" / "a"
+    left = [folder / ".put-old", folder / "never.pack.sha256"]
+    young = [folder / ".put-young", folder / "soon.pack.sha256"]
+    for path in (*left, *young):
+        path.write_bytes(b"half")
+    long_ago = time.time() - 2 * 86_400
+    for path in (*left, *folder.glob("kept*")):
+        os.utime(path, (long_ago, long_ago))
+
+    assert store.sweep() == 2
+    assert store.sweep() == 0
+
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in young)
+    assert store.read("a/kept.pack", 0, 9) == b"kept"
+    assert store.stat("a/kept.pack") == ObjectInfo(
+        "a/kept.pack", 4, hashlib.sha256(b"kept").hexdigest()
+    )
 
 
 def test_a_store_that_works_is_healthy_and_leaves_no_trace(store: ObjectStore) -> None:
