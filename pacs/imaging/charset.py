@@ -228,13 +228,14 @@ def pinyin_keys(name: str) -> str:
     """Return search keys of a person name with hanzi, space separated; else empty.
 
     Pinyin without tones of each group that holds hanzi: the whole name in one word,
-    the given name in one word, the surname, each syllable, and the initials. What
-    begins a key is found, whether a name is typed in one word or in several.
+    the given name in one word, the surname, each syllable, and the initials; and the
+    hanzi without delimiters. What begins a key is found, whether a name is typed in one
+    word or in several.
 
     Examples
     --------
     >>> pinyin_keys("张^三")
-    'zhangsan zhang san zs'
+    'zhangsan san zhang zs 张三'
     >>> pinyin_keys("马秀英")
     'maxiuying xiuying ma xiu ying mxy'
     """
@@ -256,6 +257,8 @@ def pinyin_keys(name: str) -> str:
         for key in made:
             # Passports and typists write u or yu for the v of pinyin.
             keys |= dict.fromkeys((key, key.replace("v", "u"), key.replace("v", "yu")))
+        if hanzi != group:
+            keys[normalise(hanzi)] = None
     keys.pop("", None)
     return " ".join(keys)
 

@@ -179,7 +179,7 @@ def test_folding(text: str, folded: str) -> None:
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("张^三", {"zhangsan", "zhang", "san", "zs"}),
+        ("张^三", {"zhangsan", "zhang", "san", "zs", "张三"}),
         ("Zeng^X=曾^小华", {"zengxiaohua", "zxh"}),
         ("单^田芳", {"shantianfang"}),
         ("单于^明", {"chanyuming"}),
