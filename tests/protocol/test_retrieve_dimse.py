@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRBigEndian
-from pynetdicom import AE, build_context, build_role, evt
 
 from pacs.imaging.part10 import read_file_meta
 from storage.kernel.errors import DuplicateInstance, InvalidInput
-from tests.support import dcmtk
+from tests.support import dcmtk, dicom_peers
 from tests.support.archive import ADMIN, Archive, archive
 from tests.support.corpus import files, needs_corpus
 from tests.support.datasets import (
@@ -26,9 +24,6 @@ from tests.support.datasets import (
 )
 from tests.support.dicom_peers import PyScp, StoreScp
 from tests.support.ports import free_port
-
-#: Study Root Query/Retrieve Information Model - GET.
-GET_MODEL = "1.2.840.10008.5.1.4.1.2.2.3"
 
 
 @pytest.fixture
@@ -60,42 +55,6 @@ def get(node: Archive, folder: Path, *keys: str, options: tuple[str, ...] = ()) 
         "getscu", "-v", "-S", "+B", "-od", folder, *options, "-aec", node.aet,
         "127.0.0.1", node.port, *arguments, check=False,
     ).stdout  # fmt: skip
-
-
-def pynetdicom_get(
-    node: Archive, study_uid: str, contexts: Sequence[tuple[str, str]]
-) -> dict[str, tuple[str, bytes]]:
-    """C-GET with pynetdicom; return syntax and data set of each instance."""
-    got: dict[str, tuple[str, bytes]] = {}
-
-    def store(event: evt.Event) -> int:
-        request = event.request
-        got[str(request.AffectedSOPInstanceUID)] = (
-            str(event.context.transfer_syntax),
-            request.DataSet.getvalue(),
-        )
-        return 0x0000
-
-    entity = AE(ae_title="GETTER")
-    proposed = [build_context(GET_MODEL)]
-    proposed += [build_context(uid, syntax) for uid, syntax in contexts]
-    association = entity.associate(
-        "127.0.0.1",
-        node.port,
-        proposed,
-        ae_title=node.aet,
-        ext_neg=[build_role(uid, scp_role=True) for uid in {c for c, _ in contexts}],
-        evt_handlers=[(evt.EVT_C_STORE, store)],
-    )
-    assert association.is_established
-    wanted = Dataset()
-    wanted.QueryRetrieveLevel = "STUDY"
-    wanted.StudyInstanceUID = study_uid
-    answers = association.send_c_get(wanted, GET_MODEL)
-    statuses = [status.Status for status, _ in answers]
-    association.release()
-    assert statuses[-1] == 0x0000
-    return got
 
 
 def body(file: bytes) -> bytes:
@@ -233,4 +192,5 @@ def test_every_syntax_moves_and_is_got_byte_for_byte(node: Archive) -> None:
         one.instance_uid: (one.transfer_syntax_uid, one.dataset) for one in scp.received
     }
     assert moved == stored
-    assert pynetdicom_get(node, "\\".join(studies), sorted(contexts)) == stored
+    got = dicom_peers.get(node.port, node.aet, studies, sorted(contexts))
+    assert got == stored

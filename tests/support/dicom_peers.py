@@ -5,15 +5,15 @@ from __future__ import annotations
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pynetdicom import AE, evt
+from pynetdicom import AE, build_context, build_role, evt
 
 from pacs.dimse import pdu
 from pacs.imaging.sopclasses import storage_classes
@@ -295,3 +295,54 @@ class EventScp:
     def _take(self, event: evt.Event) -> tuple[int, Dataset | None]:
         self.events.append((event.event_type, event.event_information))
         return self.status, None
+
+
+#: Study Root Query/Retrieve Information Model - GET.
+GET_MODEL = "1.2.840.10008.5.1.4.1.2.2.3"
+
+
+def get(
+    port: int,
+    aet: str,
+    study_uids: Iterable[str],
+    contexts: Sequence[tuple[str, str]],
+    **tls: Any,
+) -> dict[str, tuple[str, bytes]]:
+    """C-GET with pynetdicom; return syntax and data set of each instance.
+
+    Parameters
+    ----------
+    contexts : sequence of (SOP class, transfer syntax)
+        Each is proposed in a context of its own.
+    """
+    got: dict[str, tuple[str, bytes]] = {}
+
+    def store(event: evt.Event) -> int:
+        request = event.request
+        got[str(request.AffectedSOPInstanceUID)] = (
+            str(event.context.transfer_syntax),
+            request.DataSet.getvalue(),
+        )
+        return 0x0000
+
+    entity = AE(ae_title="GETTER")
+    proposed = [build_context(GET_MODEL)]
+    proposed += [build_context(uid, syntax) for uid, syntax in contexts]
+    association = entity.associate(
+        "127.0.0.1",
+        port,
+        proposed,
+        ae_title=aet,
+        ext_neg=[build_role(uid, scp_role=True) for uid in {c for c, _ in contexts}],
+        evt_handlers=[(evt.EVT_C_STORE, store)],
+        **tls,
+    )
+    assert association.is_established
+    wanted = Dataset()
+    wanted.QueryRetrieveLevel = "STUDY"
+    wanted.StudyInstanceUID = list(study_uids)
+    answers = association.send_c_get(wanted, GET_MODEL)
+    statuses = [status.Status for status, _ in answers]
+    association.release()
+    assert statuses[-1] == 0x0000
+    return got
