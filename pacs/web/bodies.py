@@ -185,8 +185,11 @@ def gathered(chunks: Iterable[bytes]) -> Iterator[bytes]:
         pending.append(chunk)
         size += len(chunk)
         if size >= GATHER:
-            yield b"".join(pending)
+            joined = b"".join(pending)
+            # Not held once more while a slow client takes them.
+            del chunk
             pending, size = [], 0
+            yield joined
     if pending:
         yield b"".join(pending)
 
