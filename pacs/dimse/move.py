@@ -47,8 +47,11 @@ class MoveHandler:
             return
         try:
             peer = self._destination(association, message)
-        except ImagingError as error:
+        except NotFound as error:
             refuse(association, message, error, Status.MOVE_DESTINATION_UNKNOWN)
+            return
+        except ImagingError as error:
+            refuse(association, message, error)
             return
         try:
             found = select(self.retrieve, association, wanted)

@@ -36,6 +36,7 @@ from pacs.dimse.commit import (
 )
 from pacs.dimse.deliver import Outgoing
 from pacs.imaging.syntaxes import EXPLICIT_VR_LE, IMPLICIT_VR_LE
+from pacs.services.peers import PeerService
 from pacs.services.policy import KnownPeer
 from storage.kernel.errors import DependencyDown
 from storage.kernel.limits import Limits
@@ -462,6 +463,23 @@ def test_b25_more_than_the_counters_hold_is_refused_up_front(tmp_path: Path) -> 
             offer = association.offer(GET_MODEL)
             number = request(association, offer, CommandField.C_GET_RQ, study_keys())
             assert get_all(association, number)[0].status == 0xA702
+
+
+def test_b23_a_destination_that_cannot_be_looked_up_is_not_called_unknown(
+    node: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.store_all(a_study())
+
+    find = PeerService.find
+
+    def down(peers: PeerService, title: str) -> KnownPeer | None:
+        if title == "ANYONE":
+            raise DependencyDown("database does not answer")
+        return find(peers, title)
+
+    monkeypatch.setattr(PeerService, "find", down)
+
+    assert move(node, "ANYONE").status == 0xA700
 
 
 def test_b26_nothing_is_moved_to_ourselves(node: Archive) -> None:
