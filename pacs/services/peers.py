@@ -15,7 +15,14 @@ from pacs.repository.tables import Peer
 from pacs.services.policy import Action, KnownPeer
 from storage.db.engine import Database
 from storage.kernel.clock import Clock
-from storage.kernel.errors import Conflict, InvalidParameter, NotFound, TooLarge
+from storage.kernel.errors import (
+    Conflict,
+    DependencyDown,
+    InvalidParameter,
+    NotFound,
+    TooLarge,
+    Unavailable,
+)
 from storage.kernel.settings import PeerSettings
 
 #: What a peer can be allowed to do here.
@@ -57,6 +64,7 @@ class PeerService:
         self._configured = {one.title: _from_settings(one) for one in configured}
         self._lock = threading.Lock()
         self._known: Mapping[str, KnownPeer] = {}
+        self._failure = ""
         self._read_at = -CACHE_SECONDS
 
     def find(self, title: str) -> KnownPeer | None:
@@ -131,32 +139,47 @@ class PeerService:
     def _all(self) -> Mapping[str, KnownPeer]:
         with self._lock:
             if time.monotonic() - self._read_at >= CACHE_SECONDS:
-                with self._database.read() as connection:
-                    rows = connection.execute(
-                        select(
-                            Peer.title,
-                            Peer.host,
-                            Peer.port,
-                            Peer.tenant,
-                            Peer.may,
-                            Peer.tls,
-                            Peer.forward,
-                        )
-                    ).all()
-                self._known = {
-                    title: KnownPeer(
-                        title=title,
-                        host=host,
-                        port=port,
-                        tenant=tenant,
-                        may=frozenset(may.split()),
-                        tls=bool(tls),
-                        forward=bool(forward),
-                    )
-                    for title, host, port, tenant, may, tls, forward in rows
-                }
-                self._read_at = time.monotonic()
+                self._read()
+            if self._failure:
+                raise DependencyDown(self._failure)
             return self._known
+
+    def _read(self) -> None:
+        """Look the peers up, or remember that they cannot be.
+
+        A failure is kept as long as an answer: those who wait for the lock would else
+        ask a database that is away one after the other.
+        """
+        self._failure = ""
+        try:
+            with self._database.read() as connection:
+                rows = connection.execute(
+                    select(
+                        Peer.title,
+                        Peer.host,
+                        Peer.port,
+                        Peer.tenant,
+                        Peer.may,
+                        Peer.tls,
+                        Peer.forward,
+                    )
+                ).all()
+        except Unavailable as error:
+            self._failure = str(error)
+        else:
+            self._known = {
+                title: KnownPeer(
+                    title=title,
+                    host=host,
+                    port=port,
+                    tenant=tenant,
+                    may=frozenset(may.split()),
+                    tls=bool(tls),
+                    forward=bool(forward),
+                )
+                for title, host, port, tenant, may, tls, forward in rows
+            }
+        self._read_at = time.monotonic()
 
 
 def check_peer(peer: KnownPeer) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+from sqlalchemy import Connection
 
+from pacs.services import peers as peers_module
 from pacs.services.peers import PeerService
 from pacs.services.policy import KnownPeer
 from storage.db import migrate
 from storage.db.engine import Database
 from storage.kernel.clock import SystemClock
-from storage.kernel.errors import Conflict, InvalidParameter, NotFound
+from storage.kernel.errors import (
+    Conflict,
+    DependencyDown,
+    InvalidParameter,
+    NotFound,
+)
 from storage.kernel.settings import PeerSettings
 
 CT1 = KnownPeer("CT1", "10.0.0.7", 104, "city-a", frozenset({"store"}), forward=True)
@@ -48,6 +56,33 @@ def test_putting_again_changes(database: Database) -> None:
 
     assert peers.find("CT1") == KnownPeer("CT1", "10.0.0.8", 105, "", frozenset())
     assert len(peers.list()) == 2
+
+
+def test_a_database_that_is_away_is_asked_once_a_while(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory(database).put(CT1)
+    asked: list[int] = []
+
+    @contextmanager
+    def down(_: Database) -> Iterator[Connection]:
+        asked.append(1)
+        raise DependencyDown("database does not answer")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "read", down)
+        # However long the test takes: what is known counts as fresh.
+        patch.setattr(peers_module, "CACHE_SECONDS", 3600.0)
+        peers = directory(database)
+        for _ in range(3):
+            with pytest.raises(DependencyDown):
+                peers.find("CT1")
+        assert len(asked) == 1
+        assert peers.find("FIXED") is not None
+
+    monkeypatch.setattr(peers_module, "CACHE_SECONDS", 0.0)
+    assert peers.find("CT1") == CT1
 
 
 def test_removing_removes(database: Database) -> None:
