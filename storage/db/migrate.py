@@ -19,11 +19,17 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, event, inspect, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 
 from storage.db.base import Base
 from storage.db.engine import BUSY_TIMEOUT_MS, one_off, parse_url
-from storage.kernel.errors import Conflict, DependencyDown, NewerSchema
+from storage.kernel.errors import (
+    Conflict,
+    CorruptData,
+    DependencyDown,
+    InvalidParameter,
+    NewerSchema,
+)
 
 FOLDER = Path(__file__).parent / "migrations"
 #: Key of the advisory lock (PostgreSQL); any constant does.
@@ -57,6 +63,10 @@ def upgrade(url: str) -> str:
     ------
     NewerSchema
         The index belongs to a newer version; nothing was changed.
+    CorruptData
+        The file is damaged, or no SQLite database.
+    InvalidParameter
+        The address names no database that can be used.
     DependencyDown
     """
     with _locked(url) as connection:
@@ -144,7 +154,12 @@ def _config(connection: Connection | None) -> Config:
 
 
 def _engine(url: str) -> Engine:
-    engine = one_off(url)
+    try:
+        engine = one_off(url)
+    except (ArgumentError, ImportError) as error:
+        raise InvalidParameter(
+            "database.url", "is not sqlite:///FILE or postgresql://..."
+        ) from error
     if engine.dialect.name == "sqlite":
         Path(engine.url.database or "").parent.mkdir(parents=True, exist_ok=True)
 
@@ -173,6 +188,14 @@ def _connection(url: str) -> Iterator[Connection]:
             yield connection
     except OperationalError as error:
         raise DependencyDown("database does not answer") from error
+    except DatabaseError as error:
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        if code not in {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}:
+            raise
+        raise CorruptData(
+            f"{engine.url.database} is damaged or no index: move it away, then"
+            " `huying verify --rebuild-index` makes it anew"
+        ) from error
     finally:
         engine.dispose()
 

@@ -12,7 +12,13 @@ import storage.db.tables
 from storage.db import migrate
 from storage.db.base import Base
 from storage.db.engine import Database, one_off
-from storage.kernel.errors import Conflict, DependencyDown, NewerSchema
+from storage.kernel.errors import (
+    Conflict,
+    CorruptData,
+    DependencyDown,
+    InvalidParameter,
+    NewerSchema,
+)
 
 #: Importing them registers their tables.
 TABLES = (storage.db.tables, pacs.repository.tables)
@@ -108,6 +114,20 @@ def test_asking_for_the_revision_makes_no_file(tmp_path: Path) -> None:
 def test_a_database_that_is_down_is_named() -> None:
     with pytest.raises(DependencyDown):
         migrate.upgrade("postgresql://nobody@127.0.0.1:1/none")
+
+
+def test_a_file_that_is_no_index_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "index.db"
+    path.write_bytes(b"not an index " * 1000)
+
+    with pytest.raises(CorruptData, match=r"index\.db is damaged or no index"):
+        migrate.upgrade(f"sqlite:///{path}")
+
+
+@pytest.mark.parametrize("url", ["nothing", "unheard://of", "mysql://host/name"])
+def test_an_address_that_cannot_be_used_is_named(url: str) -> None:
+    with pytest.raises(InvalidParameter, match=r"database\.url"):
+        migrate.upgrade(url)
 
 
 def test_the_migrated_index_takes_rows(url: str) -> None:
