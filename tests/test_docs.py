@@ -64,6 +64,34 @@ def test_a_reference_page_says_what_the_program_does(name: str) -> None:
     assert (FOLDER / name).read_text("utf-8") == PAGES[name](), "run `make docs`"
 
 
+ROW = re.compile(r"^\| ([A-D][0-9]{2}) \| .* \| (.*) \|$", re.MULTILINE)
+
+
+def tested_rows() -> set[str]:
+    """Return the rows of the bad-input table that tests are named after."""
+    found: set[str] = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text("utf-8")
+        for name in re.findall(r"def test_([a-d][0-9]{2}\w*)", text):
+            found.update(re.findall(r"(?:^|_)([a-d][0-9]{2})(?=_)", name))
+            for letter, first, last in re.findall(
+                r"([a-d])([0-9]{2})_to_\1([0-9]{2})_", name
+            ):
+                numbers = range(int(first), int(last) + 1)
+                found.update(f"{letter}{number:02}" for number in numbers)
+    cases = (ROOT / "tests" / "fault" / "cases.py").read_text("utf-8")
+    found.update(re.findall(r'"([a-d][0-9]{2})_', cases))
+    return {row.upper() for row in found}
+
+
+def test_the_page_of_bad_input_says_which_rows_are_tested() -> None:
+    page = (ROOT / "docs" / "reference" / "bad-input.md").read_text("utf-8")
+    states = dict(ROW.findall(page))
+
+    assert {row for row, state in states.items() if state == "tested"} == tested_rows()
+    assert len(states) == 50 + 32 + 32 + 18
+
+
 @pytest.mark.parametrize("page", EVERY_PAGE, ids=name_of)
 def test_make_targets_of_a_page_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")

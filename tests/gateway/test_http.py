@@ -83,7 +83,7 @@ def test_an_open_node_does_not_answer_to_names_of_others(
         ({}, 404),
     ],
 )
-def test_pages_of_other_sites_cannot_change_an_open_node(
+def test_c27_pages_of_other_sites_cannot_change_an_open_node(
     shared_node: RunningNode, headers: Mapping[str, str], status: int
 ) -> None:
     answer = shared_node.request(

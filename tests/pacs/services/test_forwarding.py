@@ -200,7 +200,7 @@ def test_another_tenants_study_with_the_same_uids_stays_its_own(
     assert forwarding.work(job)["sent"] == 1
 
 
-def test_a_real_peer_that_comes_and_goes(node: Archive) -> None:
+def test_d07_a_real_peer_that_comes_and_goes(node: Archive) -> None:
     uids = node.store_all(a_study(n_instances=4))
     answers = [0x0000, 0xA700, 0xB000, 0xA900, 0x0000]
     with PyScp(status=answers.__getitem__).running() as scp:

@@ -271,7 +271,7 @@ PROGRAM = textwrap.dedent(
 )
 
 
-def test_a_job_killed_in_the_middle_is_resumed(
+def test_d06_a_job_killed_in_the_middle_is_resumed(
     database_url: str, tmp_path: Path
 ) -> None:
     notes = tmp_path / "notes"
