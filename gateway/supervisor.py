@@ -31,6 +31,7 @@ from typing import Any, NoReturn, Protocol
 
 from gateway import logs
 from storage.kernel.errors import Conflict, ImagingError, InvalidParameter
+from storage.kernel.limits import MIB
 from storage.kernel.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ READY_SECONDS = 120.0
 PROBE_SECONDS = 1.0
 #: Folders of metrics begin with this, then the process id of the supervisor.
 METRICS = "metrics-"
-_M_ARENA_MAX = -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 WEB_BACKLOG = 1024
 DIMSE_BACKLOG = 256
 
@@ -171,7 +172,7 @@ def serve(
     # Threads of a numeric library would not survive the fork, and cost memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logs.configure(settings.log)
-    _return_memory()
+    _tune_memory()
     with data_lock(settings.data, kinds), _shared_metrics(settings.data):
         sockets = listen(settings, kinds)
         try:
@@ -214,14 +215,17 @@ def _in_use(metrics: Path) -> bool:
     return True
 
 
-def _return_memory() -> None:
-    """Have the allocator give large buffers back at once, from few arenas.
+def _tune_memory() -> None:
+    """Have the allocator use memory again, in few arenas.
 
-    Threads come and go with associations; each would leave an arena of its own.
+    Threads come and go with associations; each would leave an arena of its own. And
+    a buffer of the size of an image would be mapped, cleared and unmapped each time.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_ARENA_MAX, 2)
+        libc.mallopt(_M_MMAP_THRESHOLD, 4 * MIB)
+        libc.mallopt(_M_TRIM_THRESHOLD, 16 * MIB)
 
 
 def default_entry() -> Entry:
