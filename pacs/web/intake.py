@@ -28,7 +28,7 @@ from storage.kernel.types import Actor, Digest, Source
 log = logging.getLogger(__name__)
 
 #: Parts a process works on at a time; as many share a sync.
-THREADS = 16
+THREADS = 8
 #: What they may hold in memory together.
 IN_FLIGHT_BYTES = 32 * MIB
 #: Large data sets are hashed and written in pieces of this size.
