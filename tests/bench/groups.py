@@ -27,6 +27,7 @@ from tests.bench.servers import (
     pss_mib,
     pynetdicom_scp,
     scratch,
+    sink,
     storescp,
 )
 from tests.support import dcmtk
@@ -269,7 +270,7 @@ def retrieve(cache: Path, rounds: int, report: Report) -> None:
     instance = f"{series}/instances/{study}.1"
     with running(
         cache / "run",
-        (huying(pacs__settle_seconds=2), orthanc(sync=False), storescp),
+        (huying(pacs__settle_seconds=2), orthanc(sync=False), sink),
     ) as (ours, theirs, receiver):
         servers = [ours, theirs]
         for server in servers:
@@ -309,7 +310,10 @@ def retrieve(cache: Path, rounds: int, report: Report) -> None:
             report(interleaved(compared, servers, run, rounds=rounds))
         dimse: list[tuple[str, dict[str, Any]]] = [
             ("C-GET 300 CT", {"kind": "get", "class_uid": CLASSES["CT"]}),
-            ("C-MOVE 300 CT to storescp", {"kind": "move", "destination": "STORE"}),
+            (
+                "C-MOVE 300 CT to storescp --ignore",
+                {"kind": "move", "destination": "STORE"},
+            ),
         ]
         for name, job in dimse:
 

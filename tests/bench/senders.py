@@ -340,9 +340,15 @@ class Http:
         rest = raw[end + 4 :]
         if b"transfer-encoding: chunked" in headers:
             size = self._chunked(rest)
+        elif b"content-length:" in headers:
+            length = headers.partition(b"content-length:")[2]
+            size = self._counted(rest, int(length.split()[0]))
+        elif b"connection: close" in headers:
+            size = len(rest)
+            while n := self.socket.recv_into(self._buffer):
+                size += n
         else:
-            _, _, length = headers.partition(b"content-length:")
-            size = self._counted(rest, int(length.split()[0]) if length else 0)
+            size = 0
         if b"connection: close" in headers:
             self.socket.close()
             self._connect()

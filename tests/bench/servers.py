@@ -127,14 +127,17 @@ def _listens(pid: int, port: int) -> bool:
 
 def storescp(folder: Path, label: str = "storescp") -> Program:
     """Start DCMTK's receiver: no index, no sync, a process for each association."""
-    return Program(
-        folder,
-        label,
-        [
-            dcmtk.tool("storescp"), "+B", "--fork", "-pdu", "131072",
-            "-aet", "STORE", "-od", "{folder}", "{port}",
-        ],
-    )  # fmt: skip
+    return _storescp(folder, label, "+B", "-od", "{folder}")
+
+
+def sink(folder: Path) -> Program:
+    """Start DCMTK's receiver as one that keeps nothing: a destination."""
+    return _storescp(folder, "sink", "--ignore")
+
+
+def _storescp(folder: Path, label: str, *options: str) -> Program:
+    command = [dcmtk.tool("storescp"), "--fork", "-pdu", "131072", "-aet", "STORE"]
+    return Program(folder, label, [*command, *options, "{port}"])
 
 
 def pynetdicom_scp(folder: Path, label: str = "pynetdicom") -> Program:
