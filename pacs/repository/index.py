@@ -344,7 +344,38 @@ class IndexWriter:
             )
             if done.rowcount != 1:
                 raise StaleIndex
+        self._refuse_buried(connection, run, rows)
         self._append_events(connection, rows)
+
+    def _refuse_buried(
+        self,
+        connection: Connection,
+        run: Callable[..., _Cursor],
+        rows: Sequence[InstanceRow],
+    ) -> None:
+        """Make sure that no deletion buries what is added: one look per study.
+
+        The same content may have been stored by somebody else and deleted between
+        the look for duplicates and now. Its tombstone covers all that was received
+        until then: recovery would take this record for deleted, too. Order matters:
+        the study's row is locked by now, so that no deletion is on its way.
+        """
+        since: dict[tuple[str, str], int] = {}
+        for row in rows:
+            if row.written in _PRESENT:
+                key = (row.key.tenant, row.key.study_instance_uid)
+                since[key] = min(row.received_us, since.get(key, row.received_us))
+        for key, received_us in since.items():
+            found = run(
+                "SELECT 1 FROM deletion WHERE tenant=? AND study_instance_uid=?"
+                " AND deleted_us>=? LIMIT 1",
+                (*key, received_us),
+            ).fetchone()
+            if found is not None and any(
+                row.written in _PRESENT and self.is_deleted(connection, row)
+                for row in rows
+            ):
+                raise StaleIndex
 
     def _insert_instance(
         self, run: Callable[..., _Cursor], row: InstanceRow, series_pk: int
@@ -662,6 +693,8 @@ def _statements(
     )
     return insert, f"SELECT id FROM {table} WHERE {where}"  # noqa: S608
 
+
+_PRESENT = frozenset((Written.ADDED, Written.REPLACED))
 
 _EVENTS = {
     Written.ADDED: "instance.stored",

@@ -479,7 +479,13 @@ class IngestService:
                     row.written, row.kept_digest = Written.DUPLICATE, first.digest
                     twins.append((row, first))
                     continue
-                if held is not None and row.location is None:
+                if held is not None and row.location is not None:
+                    if self._index.is_deleted(connection, row):
+                        # Its record says that it came before the deletion.
+                        row.written = Written.REFUSED
+                        row.error = LostRace("index: deleted meanwhile")
+                        continue
+                elif held is not None:
                     # Whatever the clock does: received after what it follows.
                     row.received_us = max(row.received_us, held.until_us + 1)
                 try:

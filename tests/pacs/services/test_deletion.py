@@ -5,12 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import MRImageStorage
 
+from pacs.domain.study import Outcome
 from pacs.repository import lifecycle
+from pacs.repository.index import IndexWriter
+from pacs.services.ingest import IngestService
 from storage.kernel.errors import (
     DependencyDown,
     ImagingError,
@@ -237,6 +241,57 @@ def test_a_crash_before_the_commit_is_completed_by_recovery(
     assert life.bytes_of(uid(1, 1, 2)) is None
     assert life.bytes_of(uid(1, 1, 1)) is not None
     assert life.recount() == []
+
+
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("large", [False, True])
+def test_what_a_deletion_buries_meanwhile_is_not_acknowledged(
+    life: Life,
+    tmp_path: Path,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    large: bool,
+    others: int,
+) -> None:
+    """Another process stores the same and deletes it, while this one is writing."""
+    ds = ct_slice()
+    other = Life(tmp_path, database_url, life.objects, clock=life.clock)
+    for number in range(others):
+        life.store(ct_slice(number=2 + number))
+    add = IndexWriter.add
+    rounds: list[int] = []
+
+    def overtaken(self: IndexWriter, *args: Any, **more: Any) -> None:
+        rounds.append(1)
+        add(self, *args, **more)
+
+    def meanwhile() -> None:
+        other.store(ds)
+        other.deletion.delete(admin(), STUDY, uid(1, 1), uid(1, 1, 1))
+        monkeypatch.setattr(IndexWriter, "add", overtaken)
+
+    store = life.store_large if large else life.store
+    write_rows = IngestService._write_rows  # noqa: SLF001
+
+    def late(self: IngestService, *args: Any) -> Any:
+        if self is life.ingest and not rounds:
+            meanwhile()
+        return write_rows(self, *args)
+
+    monkeypatch.setattr(IngestService, "_write_rows", late)
+
+    with pytest.raises(LostRace):
+        store(ds)
+
+    assert len(rounds) == 2
+    assert life.bytes_of(uid(1, 1, 1)) is None
+    assert life.recount() == []
+    assert store(ds).outcome is Outcome.STORED
+    other.close()
+    life.packs.close()
+    life.recover()
+    assert life.bytes_of(uid(1, 1, 1)) is not None
 
 
 def test_without_tombstones_nothing_is_deleted(
