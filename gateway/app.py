@@ -489,6 +489,7 @@ def run_worker(settings: Settings, slot: int) -> None:
             followers=followers,
             ticks=ticks,
             jobs=jobs,
+            waits_for=[activity.FOLLOWER],
             event_days=settings.worker.event_days,
             job_days=settings.worker.job_days,
         )

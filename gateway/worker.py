@@ -185,6 +185,7 @@ def standard_loops(
     followers: Iterable[Follower] = (),
     ticks: Mapping[str, Callable[[], int]] | None = None,
     jobs: JobRunner | None = None,
+    waits_for: Iterable[str] = (),
     event_days: float = 30,
     job_days: float = 7,
 ) -> list[Loop]:
@@ -194,10 +195,13 @@ def standard_loops(
     ----------
     ticks : mapping of name to callable
         Work of the services that is due by time: settling, erasing, unlinking.
+    waits_for : iterable of str
+        More followers that must have passed an event before it is pruned.
     event_days, job_days : float
         How long positioned events and finished jobs are kept.
     """
     followers = list(followers)
+    names = [*(one.name for one in followers), *waits_for]
     loops = [Loop("relay", Relay(database).tick, IDLE_SECONDS, BUSY_SECONDS)]
     if database.is_sqlite:
         loops.append(Loop("checkpoint", _checkpoint(database), CHECKPOINT_SECONDS))
@@ -209,7 +213,7 @@ def standard_loops(
 
     def prune_events() -> int:
         before_us = clock.now_us() - int(event_days * 86_400e6)
-        return feed.prune(before_us, followers=[one.name for one in followers])
+        return feed.prune(before_us, followers=names)
 
     loops.append(Loop("prune.events", prune_events, PRUNE_SECONDS))
     if jobs is not None:

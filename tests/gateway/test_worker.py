@@ -164,6 +164,27 @@ def test_a_busy_loop_does_not_pause(running: Callable[[Worker], None]) -> None:
     eventually(lambda: left[0] == 0)
 
 
+def test_events_stay_until_every_follower_has_passed_them(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'index.db'}"
+    migrate.upgrade(url)
+    database = Database(url)
+    feed = ChangeFeed(database)
+    with database.write() as connection:
+        outbox.append(connection, "t", "instance.stored", "i", {}, 1)
+    loops = {
+        loop.name: loop.tick
+        for loop in standard_loops(
+            database=database, feed=feed, clock=SystemClock(), waits_for=["counter"]
+        )
+    }
+    loops["relay"]()
+
+    assert loops["prune.events"]() == 0
+    feed.follow("counter", lambda _event: None)
+    assert loops["prune.events"]() == 1
+    database.close()
+
+
 def test_an_event_goes_from_its_transaction_to_its_follower(
     running: Callable[[Worker], None], tmp_path: Path
 ) -> None:
