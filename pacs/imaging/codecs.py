@@ -66,6 +66,8 @@ _JPEGXL_LOSSLESS = _JPEG + "110"
 IDLE_SECONDS = 30.0
 #: Requests that may wait for a decoder; more are told to come back.
 MAX_WAITING = 64
+#: Bytes of a decoder's reason why it decoded nothing.
+MAX_WORDS = 1024
 #: Start-up of a process, on top of the time for decoding.
 START_SECONDS = 20.0
 
@@ -305,7 +307,8 @@ class DecoderPool:
         if outcome == decoder.TOO_LARGE:
             raise TooLarge("decode_bytes", self._limits.decode_bytes)
         if outcome == decoder.MALFORMED:
-            raise MalformedObject(f"code stream: {body.decode('ascii')}", PIXEL_DATA)
+            words = body.decode("ascii", "replace")
+            raise MalformedObject(f"code stream: {words}", PIXEL_DATA)
         return body
 
     @contextmanager
@@ -378,6 +381,16 @@ class DecoderPool:
             process.end()
 
 
+def _environment() -> dict[str, str]:
+    """Return ours without the settings: passwords are no business of a decoder."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HUYING_")
+    }
+    return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
 class _Process:
     """One decoder process and the socket to it."""
 
@@ -392,9 +405,8 @@ class _Process:
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    env={**os.environ, "OMP_NUM_THREADS": "1",
-                         "OPENBLAS_NUM_THREADS": "1"},
-                )  # fmt: skip
+                    env=_environment(),
+                )
             except OSError as error:
                 self._socket.close()
                 raise DependencyDown("no decoder process could be started") from error
@@ -427,7 +439,10 @@ class _Process:
             outcome, length = decoder.ANSWER.unpack(
                 self._receive(decoder.ANSWER.size, deadline)
             )
-            if outcome == decoder.DECODED and length != expected:
+            sane = length == expected
+            if outcome != decoder.DECODED:
+                sane = length <= MAX_WORDS
+            if not sane:
                 raise DependencyDown("the decoder answered nonsense")
             return outcome, bytes(self._receive(length, deadline))
         except TimeoutError:

@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from pydicom.pixels.encoders.native import _encode_frame  # RLE, PS3.5 Annex G
 
+from pacs.imaging import decoder
 from pacs.imaging.codecs import (
     CODECS,
     DEFLATED_FRAMES,
     ENCAPSULATED_UNCOMPRESSED,
     DecoderPool,
     DecodeSpec,
+    _Process,
     decoded_photometric,
 )
 from storage.kernel.errors import (
@@ -464,6 +466,37 @@ def test_idle_decoders_are_ended() -> None:
         assert pool.decode(encoded, JPEG + "80", spec) == array.tobytes()
         wait_until(lambda: pool.pids() == [], "idle decoders to end")
     pool.close()
+
+
+def test_decoders_are_told_no_settings(
+    pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUYING_DATABASE__URL", "postgresql://u:secret@h/d")
+    array, spec = grey(8)
+    pool.decode(imagecodecs.jpegls_encode(array), JPEG + "80", spec)
+    (pid,) = pool.pids()
+
+    told = Path(f"/proc/{pid}/environ").read_bytes()
+
+    assert b"OMP_NUM_THREADS=1" in told
+    assert b"HUYING_" not in told
+
+
+@pytest.mark.parametrize(
+    ("outcome", "length"),
+    [(decoder.DECODED, 1 << 40), (decoder.MALFORMED, 1 << 40), (decoder.DECODED, 1)],
+)
+def test_an_answer_of_impossible_length_is_not_waited_for(
+    pool: DecoderPool, monkeypatch: pytest.MonkeyPatch, outcome: int, length: int
+) -> None:
+    answer = decoder.ANSWER.pack(outcome, length)
+    monkeypatch.setattr(
+        _Process, "_receive", lambda _self, size, _deadline: bytearray(answer)[:size]
+    )
+    array, spec = grey(8)
+
+    with pytest.raises(DependencyDown, match="nonsense"):
+        pool.decode(imagecodecs.jpegls_encode(array), JPEG + "80", spec)
 
 
 def test_nothing_is_decoded_after_close(pool: DecoderPool) -> None:
