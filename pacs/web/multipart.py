@@ -16,7 +16,8 @@ from typing import Final
 from storage.kernel.errors import InvalidParameter, MalformedObject, TooLarge
 
 #: RFC 2046 5.1.1; the last character is no space.
-_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]\Z")
+#: Tolerates: more than 70 characters; Orthanc's boundaries are two UUIDs, 73.
+_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,199}[0-9A-Za-z'()+_,\-./:=?]\Z")
 _PARAMETER = re.compile(
     r';\s*([!#$%&\'*+\-.^_`|~0-9A-Za-z]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"]*)'
 )
