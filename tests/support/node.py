@@ -155,6 +155,17 @@ class RunningNode:
                 samples[name] = float(value)
         return samples
 
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run one of our commands with this node's settings and folder."""
+        return subprocess.run(
+            [
+                str(Path(sys.executable).with_name("huying")),
+                *map(str, arguments), "--data", str(self.data),
+            ],
+            env=self._environment, capture_output=True, text=True, check=False,
+            timeout=120,
+        )  # fmt: skip
+
     def processes(self) -> dict[str, int]:
         """Return the processes below the supervisor: ``huying-dimse-1`` and so on."""
         return process.children(self.pid)
