@@ -250,12 +250,12 @@ def parse_key(
         return None
     if text == '""':
         return Blank()
-    allowed = limits.matching_key_chars
     if attribute.vr == "UI":
         # Bound: a list of UIDs may be long, by their number.
-        allowed = limits.uid_list * 65
-    if len(text) > allowed:
-        raise TooLarge("matching_key_chars", allowed)
+        if len(text) > limits.uid_list * 65:
+            raise TooLarge("uid_list", limits.uid_list)
+    elif len(text) > limits.matching_key_chars:
+        raise TooLarge("matching_key_chars", limits.matching_key_chars)
     if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in text):
         raise InvalidParameter(attribute.keyword, "holds a character no text may have")
     if attribute.vr == "PN":
