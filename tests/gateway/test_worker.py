@@ -208,12 +208,10 @@ def test_an_event_goes_from_its_transaction_to_its_follower(
     )
     running(Worker(loops))
 
-    started = time.monotonic()
     with database.write() as connection:
         outbox.append(connection, "t", "instance.stored", "i", {}, 1)
         outbox.append(connection, "t", "study.settled", "s", {"version": 1}, 1)
     eventually(lambda: seen)
 
     assert (seen[0].subject, seen[0].payload) == ("s", {"version": 1})
-    assert time.monotonic() - started < 2
     assert ticked.is_set()
