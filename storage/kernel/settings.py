@@ -355,7 +355,8 @@ def _explain(error: ValidationError) -> str:
             hint = f", did you mean {near[0]}?" if near else ""
             sentences.append(f"{path} is not a setting{hint}")
         else:
-            sentences.append(f"{path}: {problem['msg']}" if path else problem["msg"])
+            said = problem["msg"].removeprefix("Value error, ")
+            sentences.append(f"{path}: {said}" if path else said)
     return "; ".join(sentences)
 
 

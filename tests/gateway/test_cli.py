@@ -88,7 +88,10 @@ def test_the_command_line_comes_before_the_file(tmp_path: Path) -> None:
 
 
 def test_open_is_refused_beyond_loopback(tmp_path: Path) -> None:
-    with pytest.raises(InvalidParameter, match="not a loopback address"):
+    with pytest.raises(
+        InvalidParameter,
+        match=r"^settings: open: refused, http.host \S+ is not a loopback address",
+    ):
         settings_for(tmp_path, None, http="0.0.0.0:8080", open_access=True)
 
 
