@@ -416,8 +416,10 @@ class _Incoming:
     async def abort(self) -> None:
         """Leave nothing behind."""
         # Order matters: a thread may still write into the spool.
-        with suppress(ImagingError):
-            await self._written()
-        if self._spool is not None:
-            self._spool.abort()
-            self._spool = None
+        try:
+            with suppress(ImagingError):
+                await self._written()
+        finally:
+            if self._spool is not None:
+                self._spool.abort()
+                self._spool = None

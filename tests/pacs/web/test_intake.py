@@ -230,6 +230,26 @@ def test_a_part_that_never_ends_is_dropped() -> None:
     assert len(ingest.seen) == 1
 
 
+def test_a_spool_that_breaks_unseen_is_ended_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ingest = FakeIngest()
+
+    def broken(_: FakeSpool, data: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(FakeSpool, "write", broken)
+
+    async def run(reception: Reception) -> None:
+        reception.begin()
+        await reception.write(part10(ct_slice(size=900)))
+
+    with pytest.raises(ValueError, match="a bug"):
+        receive(ingest, run)
+
+    assert ingest.spools[0].aborted
+
+
 @pytest.mark.parametrize("error", [DependencyDown("down"), ValueError("a bug")])
 def test_errors_are_the_parts_own(error: Exception) -> None:
     ingest = FakeIngest()
