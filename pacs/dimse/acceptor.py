@@ -279,6 +279,8 @@ class Acceptor:
                 except ReleaseRequested:
                     break
                 started = time.perf_counter()
+                # What has no response, a cancel, has not the status of the last one.
+                association.last_status = Status.SUCCESS
                 name = self._answer(association, session, message)
                 self._observer.message(
                     name, association.last_status, time.perf_counter() - started

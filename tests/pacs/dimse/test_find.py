@@ -475,6 +475,9 @@ def test_b18_cancel(full: DimseNode, before: bytes, behind: bytes, final: int) -
 
     assert statuses[-1] == final
     assert (len(statuses) == 121) == (final == 0)
+    # Nothing answers a cancel: it is not counted with the status of another message.
+    assert ("C-CANCEL", 0) in full.recorder.messages
+    assert ("C-CANCEL", 0xFE00) not in full.recorder.messages
 
 
 def test_b15_a_message_id_that_is_in_use_is_0210(full: DimseNode) -> None:
