@@ -16,6 +16,7 @@ import pytest
 
 from pacs.dimse import command as cmd
 from pacs.dimse import pdu, transport
+from pacs.dimse.association import Association, Message
 from pacs.dimse.command import CommandField, Value
 from pacs.dimse.pdu import AbortReason, PduType
 from storage.kernel.limits import KIB, MIB, Limits
@@ -45,6 +46,7 @@ LIMITS = Limits(
     associate_pdu_bytes=16 * KIB,
 )
 TLS_HELLO = bytes.fromhex("16030100") + b"\xc8\x01\x00\x00\xc4\x03\x03" + bytes(196)
+PUSH_MODEL = "1.2.840.10008.1.20.1"
 PROVIDER, USER = 2, 0
 BOTH = ((1, VERIFICATION, (EXPLICIT,)), (3, CT, (EXPLICIT,)))
 
@@ -511,6 +513,32 @@ def test_an_identifier_that_is_too_long_aborts(node: DimseNode) -> None:
         assert abort_of(peer.read_to_end())[0] == PROVIDER
 
     alive(node)
+
+
+def test_action_information_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def answer(association: Association, message: Message) -> None:
+        seen.append(len(message.dataset or b""))
+        association.send(message.context_id, cmd.response(message.command, 0))
+
+    with (
+        DimseNode(
+            tmp_path,
+            limits=LIMITS.model_copy(update={"action_bytes": 4 * KIB}),
+            handlers={CommandField.N_ACTION_RQ: answer},
+        ) as node,
+        RawPeer(node.port) as peer,
+    ):
+        peer.associate(((1, PUSH_MODEL, (EXPLICIT,)),))
+        values = {**store_rq(""), cmd.AFFECTED_CLASS: PUSH_MODEL}
+        values |= {cmd.FIELD: CommandField.N_ACTION_RQ}
+        peer.request(1, values, bytes(4 * KIB))
+        assert peer.read_response()[cmd.STATUS] == 0
+        peer.request(1, values, bytes(4 * KIB + 2))
+        assert abort_of(peer.read_to_end())[0] == PROVIDER
+
+    assert seen == [4 * KIB]
 
 
 def conversation() -> bytes:
