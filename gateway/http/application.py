@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ExceptionHandler
 
 from gateway.http.middleware import LoopbackOnly, Timing
@@ -52,6 +53,7 @@ def build(
         ImagingError: _ours,
         RequestValidationError: _malformed,
         HTTPException: _plain,
+        ClientDisconnect: _left,
         Exception: _unforeseen,
     }
     for kind, handler in handlers.items():
@@ -77,6 +79,11 @@ def _malformed(_request: Request, error: Exception) -> Response:
 
 def _plain(_request: Request, error: Exception) -> Response:
     return problem_response(error)
+
+
+def _left(_request: Request, _error: Exception) -> Response:
+    """Answer a client that left before its body was here; nobody reads it."""
+    return problem_response(InvalidParameter("body", "cut off"))
 
 
 def _unforeseen(_request: Request, error: Exception) -> Response:

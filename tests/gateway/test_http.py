@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from tests.support.node import RunningNode
+from tests.support.waiting import wait_until
 from tests.support.web import Response
 
 API = "/api/v1"
@@ -164,6 +165,24 @@ def test_a_huge_peer_body_is_refused(shared_node: RunningNode) -> None:
     answer = shared_node.request("PUT", f"{API}/peers/HUGE", b" " * 100_000)
 
     assert answer.status == 413
+
+
+def test_a_client_that_leaves_within_its_body_is_no_failure(node: RunningNode) -> None:
+    with socket.create_connection(("127.0.0.1", node.http_port)) as leaving:
+        leaving.sendall(
+            f"PUT {API}/peers/LEFT HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            "Content-Length: 100\r\n\r\n{".encode()
+        )
+
+    def counted() -> bool:
+        return any(
+            "http_seconds_count" in name and 'method="PUT"' in name
+            for name in node.metrics()
+        )
+
+    wait_until(counted, "the request to end")
+    assert b"http.failed" not in node.log_bytes()
+    assert b"exception" not in node.log_bytes()
 
 
 def test_half_a_request_does_not_hold_up_others(shared_node: RunningNode) -> None:
