@@ -24,7 +24,7 @@ from pacs.imaging.charset import (
 )
 from pacs.imaging.dataset import Scan, inflate, request_attributes, scan
 from pacs.imaging.frames import frame_ranges
-from pacs.repository.index import InstanceRow, ParentKey, Parents
+from pacs.repository.arrivals import InstanceRow, ParentKey, Parents
 from storage.kernel.errors import (
     IdentityMismatch,
     MalformedObject,

@@ -26,13 +26,8 @@ from pacs.domain.study import (
 )
 from pacs.imaging import sopclasses, syntaxes
 from pacs.imaging.part10 import file_meta
-from pacs.repository.index import (
-    INSTANCE_UID_TAG,
-    IndexWriter,
-    InstanceRow,
-    StaleIndex,
-    Written,
-)
+from pacs.repository.arrivals import InstanceRow, Written
+from pacs.repository.index import INSTANCE_UID_TAG, IndexWriter, StaleIndex
 from pacs.services.describe import Rules, describe
 from storage.db.engine import Database
 from storage.group import GroupCommit, Ticket

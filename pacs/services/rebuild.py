@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sqlalchemy import delete, insert, select
 
-from pacs.repository.index import Written
+from pacs.repository.arrivals import Written
 from pacs.repository.tables import (
     Deletion,
     FrameTableRow,

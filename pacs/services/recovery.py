@@ -18,7 +18,7 @@ from typing import Protocol
 
 from sqlalchemy import func, select, update
 
-from pacs.repository.index import Written
+from pacs.repository.arrivals import Written
 from pacs.repository.packs import register_pack
 from pacs.repository.tables import Deletion, Instance, Series, Study
 from pacs.services.ingest import IngestService, tombstone
