@@ -67,7 +67,7 @@ def test_a_reference_page_says_what_the_program_does(name: str) -> None:
 ROW = re.compile(r"^\| ([A-D][0-9]{2}) \| .* \| (.*) \|$", re.MULTILINE)
 
 
-def tested_rows() -> set[str]:
+def rows_with_tests() -> set[str]:
     """Return the rows of the bad-input table that tests are named after."""
     found: set[str] = set()
     for path in (ROOT / "tests").rglob("*.py"):
@@ -88,7 +88,9 @@ def test_the_page_of_bad_input_says_which_rows_are_tested() -> None:
     page = (ROOT / "docs" / "reference" / "bad-input.md").read_text("utf-8")
     states = dict(ROW.findall(page))
 
-    assert {row for row, state in states.items() if state == "tested"} == tested_rows()
+    assert {
+        row for row, state in states.items() if state == "tested"
+    } == rows_with_tests()
     assert len(states) == 50 + 32 + 32 + 18
 
 
