@@ -41,12 +41,12 @@ UNSENT = 39
 #: Why the node refuses what dcmsend does send: status, and what is wrong with it.
 REFUSED = {
     "0xa900": {  # contradicts itself, or lacks what identifies it
-        "broken/bad_sequence.dcm": "no Study Instance UID after a broken sequence",
+        "broken/bad_sequence.dcm": "a SOP Instance UID that is none",
         "broken/own-no-study-uid.dcm": "no Study Instance UID",
         "broken/own-uid-leading-zero.dcm": "a UID component with a leading zero",
         "broken/own-uid-path-traversal.dcm": "a UID that is a path",
         "broken/own-uid-too-long.dcm": "a UID of more than 64 characters",
-        "objects/CR-ModalitySequenceLUT.dcm": "no Study Instance UID",
+        "objects/CR-ModalitySequenceLUT.dcm": "a SOP Instance UID that is none",
         "syntaxes/JLSL_08_07_0_1F.dcm": "no Study Instance UID",
         "syntaxes/JPEGLSNearLossless_16.dcm": "no Study Instance UID",
         "syntaxes/SC_rgb_jls_lossy_line.dcm": "no Study Instance UID",
