@@ -31,6 +31,7 @@ import pacs.web.dependencies
 import viewer.app
 from gateway import metrics, pages
 from gateway.http import api, application, health
+from gateway.http.protocol import BoundedProtocol
 from gateway.worker import (
     PRUNE_SECONDS,
     Follower,
@@ -77,7 +78,7 @@ from storage import activity
 from storage.db.engine import Database
 from storage.jobs.runner import JobRunner, Retry
 from storage.kernel.clock import SystemClock
-from storage.kernel.errors import DependencyDown, Unavailable
+from storage.kernel.errors import DependencyDown, NotFound, Unavailable
 from storage.kernel.settings import Settings
 from storage.objects.files import FileObjectStore
 from storage.objects.protocol import ObjectStore
@@ -95,6 +96,10 @@ DICOMWEB = "/dicom-web"
 DRAIN_SECONDS = 15
 #: How often the worker looks at queues, lags and free space for `/metrics`.
 GAUGE_SECONDS = 10.0
+#: Connections of one web process; more are answered 503.
+MAX_CONNECTIONS = 2000
+#: Series that are sealed at a time; a queue is looked at twice a second.
+SEALING = 4
 #: Lower priority of the worker: receiving and answering come first.
 WORKER_NICE = 10
 #: How often a process looks after the rows of its own packs.
@@ -296,7 +301,8 @@ def run_web(settings: Settings, listener: socket.socket, _slot: int) -> None:
         try:
             config = uvicorn.Config(
                 web_application(node, intake),
-                http="httptools",
+                http=BoundedProtocol,
+                limit_concurrency=MAX_CONNECTIONS,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -480,7 +486,7 @@ def run_worker(settings: Settings, slot: int) -> None:
     stop = stop_on_signal()
     os.nice(WORKER_NICE)
     with _opened(settings) as node:
-        jobs = JobRunner(settings.jobs_url(), slot=f"worker-{slot + 1}")
+        jobs = JobRunner(settings.jobs_url(), slot=f"{settings.node.id}-{slot + 1}")
         followers, ticks = _background(node, jobs)
         loops = standard_loops(
             database=node.database,
@@ -576,7 +582,7 @@ def _background(
         ),
     ]
     if settings.packs.seal:
-        jobs.register(sealing.job, sealing.seal, concurrency=1, retry=for_days)
+        jobs.register(sealing.job, sealing.seal, concurrency=SEALING, retry=for_days)
         followers.append(
             Follower(
                 sealing.job, partial(sealing.follow, jobs=jobs), sealing_service.KINDS
@@ -592,8 +598,19 @@ def _background(
 
 
 def _prepare_metadata(retrieve: RetrieveService, event: Event) -> None:
-    """Build what WADO-RS metadata requests of a settled study will ask for."""
-    retrieve.prepare_metadata(str(event.payload["study"]), event.tenant)
+    """Build what WADO-RS metadata requests of a settled study will ask for.
+
+    A study deleted meanwhile needs none; one whose packs lie on another host, or in
+    a store that is away, has it built by the first request that can read them.
+    """
+    try:
+        retrieve.prepare_metadata(str(event.payload["study"]), event.tenant)
+    except (NotFound, Unavailable) as error:
+        log.info(
+            "metadata not prepared: %s",
+            error,
+            extra={"event": "metadata.later", "study": event.payload["study"]},
+        )
 
 
 def _count_arrivals(feed: ChangeFeed) -> int:

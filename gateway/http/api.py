@@ -11,7 +11,8 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from pacs.services.commitment import Transaction
 from pacs.services.policy import Action, KnownPeer
-from storage.kernel.errors import InvalidParameter, NotFound, TooLarge
+from pacs.web.request_body import read_body
+from storage.kernel.errors import InvalidParameter, NotFound
 from storage.kernel.types import Actor
 from storage.outbox import ChangePage
 
@@ -20,6 +21,7 @@ router = APIRouter(tags=["node"])
 
 MAX_CHANGES = 1000
 MAX_BODY = 64 * 1024
+BODY_SECONDS = 10.0
 
 Uid = Annotated[str, Path(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 
@@ -219,10 +221,8 @@ def _described(peer: KnownPeer) -> dict[str, Any]:
 async def _object(request: Request) -> dict[str, Any]:
     """Read a small JSON object."""
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in read_body(request, allowed=MAX_BODY, seconds=BODY_SECONDS):
         body += chunk
-        if len(body) > MAX_BODY:
-            raise TooLarge("request_bytes", MAX_BODY)
     try:
         found = orjson.loads(body)
     except ValueError as error:

@@ -7,7 +7,10 @@ import socket
 from collections.abc import Mapping
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
+from gateway.http import protocol
+from tests.support.dicomweb import serving
 from tests.support.node import RunningNode
 from tests.support.waiting import wait_until
 from tests.support.web import Response
@@ -197,3 +200,49 @@ def test_a_web_process_that_dies_is_started_again(node: RunningNode) -> None:
 
     # The other process answers at once; the killed one comes back.
     assert node.get("/readyz").status == 200
+
+
+@pytest.mark.parametrize(("lines", "status"), [(60, b"200"), (70, b"431")])
+def test_a_head_is_refused_beyond_the_limit(
+    shared_node: RunningNode, lines: int, status: bytes
+) -> None:
+    line = b"X-Long: " + b"a" * 1000 + b"\r\n"
+    with socket.create_connection(("127.0.0.1", shared_node.http_port)) as raw:
+        raw.settimeout(30)
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n" + line * lines)
+        if status == b"200":
+            raw.sendall(b"\r\n")
+
+        assert raw.recv(4096).startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_head_that_takes_too_long_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
+
+    async def hello(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"hello"})
+
+    with (
+        serving(hello, http=protocol.BoundedProtocol) as address,
+        socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as raw,
+    ):
+        raw.settimeout(30)
+        raw.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert b"hello" in raw.recv(4096)
+
+        raw.sendall(b"GET / HTTP/1.1\r\nHo")
+        assert raw.recv(4096).startswith(b"HTTP/1.1 408")
+        assert raw.recv(4096) == b""
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    shared_node: RunningNode,
+) -> None:
+    with socket.create_connection(("127.0.0.1", shared_node.http_port)) as raw:
+        raw.settimeout(60)
+        raw.sendall(
+            b"PUT /api/v1/peers/SLOW HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            b"Content-Length: 100\r\n\r\n"
+        )
+        assert raw.recv(4096).startswith((b"HTTP/1.1 408", b"HTTP/1.1 400"))

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp as ASGIApplication
 
 from pacs.imaging.codecs import DecoderPool
 from pacs.services.deletion import DeletionService
@@ -122,9 +123,17 @@ def application(
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """Run `app` on a free port of the loopback address; yield its base URL."""
-    config = uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="off")
+def serving(app: ASGIApplication, **options: Any) -> Iterator[str]:
+    """Run `app` on a free port of the loopback address; yield its base URL.
+
+    Parameters
+    ----------
+    **options
+        Of `uvicorn.Config`.
+    """
+    config = uvicorn.Config(
+        app, port=0, log_level="error", ws="none", lifespan="off", **options
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
