@@ -25,6 +25,7 @@ import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import NullPool, QueuePool
 
 from storage.kernel.errors import DependencyDown, LostRace, StorageFull
@@ -207,14 +208,15 @@ class Database:
                 raw.execute("PRAGMA wal_checkpoint(PASSIVE)")  # type: ignore[union-attr]
 
     def ping(self) -> None:
-        """Read and write once.
+        """Read, and take the right to write, once; nothing is changed.
 
         Raises
         ------
         DependencyDown
         """
-        with self.read() as connection:
-            connection.execute(text("SELECT 1"))
+        with self.write() as connection:
+            # No row has this key: it takes the locks of a writer and changes nothing.
+            connection.execute(text("UPDATE feed SET last_position=0 WHERE id=-1"))
 
     def close(self) -> None:
         if self._ingest_connection is not None:
@@ -241,6 +243,8 @@ def _translated() -> Iterator[None]:
         if _is_full(str(error.orig)):
             raise StorageFull("database: no space left") from error
         raise DependencyDown("database does not answer") from error
+    except PoolTimeout as error:
+        raise DependencyDown("database: all connections are in use") from error
     except DBAPIError as error:
         if error.connection_invalidated:
             raise DependencyDown("database connection lost") from error
@@ -255,7 +259,7 @@ def _translated() -> Iterator[None]:
 
 
 def _is_full(detail: str) -> bool:
-    return "full" in detail or "disk I/O" in detail or "No space" in detail
+    return "database or disk is full" in detail or "No space left" in detail
 
 
 def parse_url(url: str) -> URL:
