@@ -392,7 +392,7 @@ def test_a_damaged_record_stays_and_the_rest_is_sealed(
     assert life.sealing.seal(SEAL)["instances"] == 1
 
     assert [place[0] for place in places(life)] == ["log", "sealed"]
-    assert [r.event for r in caplog.records if hasattr(r, "event")].count(  # type: ignore[attr-defined]
+    assert [r.event for r in caplog.records if hasattr(r, "event")].count(
         "record.damaged"
     ) == 1
 
