@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gateway.dicom_cli import add_commands as add_dicom_commands
+from gateway.options import Aet, Config, Data, Dimse, Http, Open, opened, settings_for
 from storage.kernel.errors import Conflict, ImagingError, InvalidParameter
-from storage.kernel.settings import Settings, load_settings
+from storage.kernel.settings import Settings
 
 if TYPE_CHECKING:
     from gateway.app import Node
@@ -40,26 +41,6 @@ app.add_typer(peer_app, name="peer")
 add_dicom_commands(app, peer_app)
 app.add_typer(db_app, name="db")
 
-Data = Annotated[
-    Path | None, typer.Option("--data", help="Data folder.", metavar="DIR")
-]
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", help="Settings file.", metavar="FILE"),
-]
-Http = Annotated[
-    str | None,
-    typer.Option("--http", help="Where the web listens.", metavar="HOST:PORT"),
-]
-Dimse = Annotated[
-    str | None,
-    typer.Option("--dimse", help="Where DICOM listens.", metavar="HOST:PORT"),
-]
-Aet = Annotated[str | None, typer.Option("--aet", help="Our AE title.", metavar="AE")]
-Open = Annotated[
-    bool, typer.Option("--open", help="No logins; on loopback addresses only.")
-]
-
 #: Rejected files that an import lists; the rest is counted.
 LISTED = 50
 
@@ -71,64 +52,6 @@ def main() -> None:
     except ImagingError as error:
         typer.echo(f"huying: {error}", err=True)
         sys.exit(1)
-
-
-def address(name: str, text: str) -> dict[str, Any]:
-    """Return host and port of ``HOST:PORT``.
-
-    Raises
-    ------
-    InvalidParameter
-
-    Examples
-    --------
-    >>> address("http", "[::1]:8080")
-    {'host': '::1', 'port': 8080}
-    """
-    host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdecimal():
-        raise InvalidParameter(name, f"{text} is not HOST:PORT")
-    return {"host": host, "port": int(port)}
-
-
-def settings_for(
-    data: Path | None,
-    config: Path | None,
-    *,
-    http: str | None = None,
-    dimse: str | None = None,
-    aet: str | None = None,
-    open_access: bool = False,
-) -> Settings:
-    """Return the settings, with the command line's on top."""
-    tree: dict[str, Any] = {}
-    if data is not None:
-        tree["data"] = str(data)
-    if http is not None:
-        tree["http"] = address("http", http)
-    if dimse is not None:
-        tree["dimse"] = address("dimse", dimse)
-    if aet is not None:
-        tree.setdefault("dimse", {})["aet"] = aet
-    if open_access:
-        tree["open"] = True
-    return load_settings(config, overrides=tree)
-
-
-@contextmanager
-def opened(settings: Settings) -> Iterator[Node]:
-    """Yield the services of this process; the index is brought up to date first."""
-    from gateway import app as composition
-    from storage.db import migrate
-
-    settings.data.mkdir(parents=True, exist_ok=True)
-    migrate.upgrade(settings.database_url())
-    node = composition.open_node(settings)
-    try:
-        yield node
-    finally:
-        node.close()
 
 
 def _run(settings: Settings, *kinds: Kind) -> None:

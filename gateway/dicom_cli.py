@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gateway.options import Config, Data, opened, settings_for
 from storage.kernel.errors import InvalidParameter, NotFound
 from storage.kernel.settings import Settings
 from storage.kernel.types import DEFAULT_TENANT, Actor, Role, TenantId
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
     from pacs.services.forwarding import Fate
     from pacs.services.policy import KnownPeer
 
-Data = Annotated[
-    Path | None, typer.Option("--data", help="Data folder.", metavar="DIR")
-]
-Config = Annotated[
-    Path | None, typer.Option("--config", help="Settings file.", metavar="FILE")
-]
 Tls = Annotated[bool, typer.Option("--tls", help="Over TLS.")]
 
 #: Failed instances that are listed; the rest is counted.
@@ -53,8 +48,6 @@ def add_commands(app: typer.Typer, peers: typer.Typer) -> None:
 
 @contextmanager
 def _node(data: Path | None, config: Path | None) -> Iterator[Node]:
-    from gateway.cli import opened, settings_for
-
     with opened(settings_for(data, config)) as node:
         yield node
 
@@ -146,7 +139,6 @@ def echo(
     config: Config = None,
 ) -> None:
     """Say whether a peer answers C-ECHO, how fast, or where it fails."""
-    from gateway.cli import settings_for
     from pacs.dimse.client import VERIFICATION_CONTEXTS, Address, connect
 
     settings = settings_for(data, config)

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gateway import cli, supervisor
-from gateway.cli import address, settings_for
 from gateway.importer import ImportSummary, Rejected
+from gateway.options import address, settings_for
 from gateway.reference import settings_reference
 from storage.db import migrate
 from storage.kernel.errors import InvalidParameter
