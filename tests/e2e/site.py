@@ -11,6 +11,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from gateway import pages
+from pacs.services.policy import AccessPolicy
 from pacs.services.query import QueryService
 from pacs.web import dependencies, search
 from storage import activity, outbox
@@ -18,14 +19,14 @@ from storage.db import migrate
 from storage.db.engine import Database
 from storage.kernel.clock import SystemClock
 from storage.kernel.limits import Limits
-from storage.kernel.types import Actor, TenantId
+from storage.kernel.types import Actor, Role, TenantId
 from storage.outbox import ChangeFeed, NewEvent, Relay
-from tests.support.dicomweb import application, serving
+from tests.support.dicomweb import NoPeers, application, serving
 from tests.support.populated import Made, populate
 from viewer import app as page
 from viewer.activity import ArchiveActivity
 
-ACTOR = Actor(TenantId("default"), "test")
+ACTOR = Actor(TenantId("default"), "test", roles=frozenset({Role.ADMIN}))
 MINUTE_US = 60_000_000
 
 
@@ -54,6 +55,7 @@ class Site:
 
 
 def _over(database: Database) -> FastAPI:
+    policy = AccessPolicy(our_aes={}, peers=NoPeers(), open_access=True)
     query = QueryService(database=database, limits=Limits())
     directory = pages.StudyDirectory(query)
     source = ArchiveActivity(
@@ -67,6 +69,7 @@ def _over(database: Database) -> FastAPI:
             page.activity_source: lambda: source,
             page.node_card: lambda: page.NodeCard("HUYING", 11112, "0.1.0"),
             dependencies.current_actor: lambda: ACTOR,
+            dependencies.access_policy: lambda: policy,
             dependencies.base_url: dependencies.BaseUrl,
             search.query_service: lambda: query,
         },
