@@ -215,8 +215,7 @@ class Database:
         DependencyDown
         """
         with self.write() as connection:
-            # No row has this key: it takes the locks of a writer and changes nothing.
-            connection.execute(text("UPDATE feed SET last_position=0 WHERE id=-1"))
+            connection.execute(text("SELECT 1"))
 
     def close(self) -> None:
         if self._ingest_connection is not None:
