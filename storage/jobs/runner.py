@@ -203,6 +203,9 @@ class JobRunner:
         ) -> dict[str, Any]:
             return self._job(name, key, payload, attempt, first)
 
+        # Queues are known to all workers of a database; jobs are for those that know
+        # how: what lies on one host is sealed by the worker of that host.
+        DBOS.listen_queues(list(self._kinds))
         DBOS.launch()
         for name, kind in self._kinds.items():
             DBOS.register_queue(

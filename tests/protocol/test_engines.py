@@ -246,10 +246,14 @@ class Part:
         process.stop(self.process)
 
 
+@pytest.mark.parametrize("hosts", [("a", "a", "a"), ("a", "b", "c")])
 def test_parts_on_their_own_share_one_archive(
-    request: pytest.FixtureRequest, tmp_path: Path
+    request: pytest.FixtureRequest, tmp_path: Path, hosts: tuple[str, str, str]
 ) -> None:
-    """Two web nodes, a DICOM node and a worker over PostgreSQL, S3 and one folder."""
+    """Two web nodes and a DICOM node over PostgreSQL and S3, with a worker each host.
+
+    A host has a folder of its own: what it received is read elsewhere once sealed.
+    """
     ports = [free_port() for _ in range(3)]
     webs = [f"http://127.0.0.1:{port}" for port in ports[:2]]
     with ExitStack() as until_done:
@@ -269,14 +273,14 @@ def test_parts_on_their_own_share_one_archive(
              "--data", tmp_path / "a"],
             env=environment(settings), check=True, capture_output=True,
         )  # fmt: skip
-        first = start("a", "web", "--http", f"127.0.0.1:{ports[0]}", "--open")
+        first = start(hosts[0], "web", "--http", f"127.0.0.1:{ports[0]}", "--open")
         process.wait_ready(
             first.process, lambda: web.answers(f"{webs[0]}/healthz"),
             name="web a", log=first.log,
         )  # fmt: skip
-        start("a", "web", "--http", f"127.0.0.1:{ports[1]}", "--open")
-        start("a", "dimse", "--dimse", f"127.0.0.1:{ports[2]}", "--open")
-        workers = [start("a", "worker")]
+        start(hosts[1], "web", "--http", f"127.0.0.1:{ports[1]}", "--open")
+        start(hosts[2], "dimse", "--dimse", f"127.0.0.1:{ports[2]}", "--open")
+        workers = [start(name, "worker") for name in sorted(set(hosts))]
         wait_until(lambda: web.answers(f"{webs[1]}/healthz"), "web b")
         wait_until(
             lambda: not dcmtk.run(
