@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -156,22 +155,9 @@ def interleaved(
             *servers[number % len(servers) :],
             *servers[: number % len(servers)],
         ):
-            warm_memory()
             sample = run(server, number)
             comparison.samples.setdefault(server.label, []).append(sample)
     return comparison
-
-
-def warm_memory(mib: int = 700) -> None:
-    """Touch as much memory as a run will fill with cached file pages.
-
-    In a virtual machine the first touch of a page costs more than all the rest, and
-    falls on whichever server comes to it.
-    """
-    block = bytes(1 << 20)
-    with tempfile.TemporaryFile(dir=".bench") as file:
-        for _ in range(mib):
-            file.write(block)
 
 
 class MemoryWatch:
