@@ -26,13 +26,18 @@ def way(seaweedfs: SeaweedFS) -> Iterator[HaltingProxy]:
 
 @pytest.mark.parametrize("trouble", [Way.STALLED, Way.BROKEN])
 def test_d02_what_only_the_object_store_has_is_503_until_it_answers(
-    tmp_path: Path, seaweedfs: SeaweedFS, way: HaltingProxy, trouble: Way
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    seaweedfs: SeaweedFS,
+    way: HaltingProxy,
+    trouble: Way,
 ) -> None:
     found = seaweedfs.objects()
     s3 = found.s3.model_copy(
         update={"endpoint": f"127.0.0.1:{way.port}", "timeout_seconds": LIMIT}
     )
     node = RunningNode.start(tmp_path, objects=Objects(kind="s3", s3=s3))
+    request.addfinalizer(node.stop)
     sealed, local = ct_slice(seed=1), ct_slice(seed=2)
     assert store(node, sealed) == SUCCESS
     file = f"/api/v1/instances/{sealed.SOPInstanceUID}/file"
@@ -56,4 +61,3 @@ def test_d02_what_only_the_object_store_has_is_503_until_it_answers(
         "all processes to ask the object store again",
     )
     assert is_kept(node, sealed)
-    node.stop()
