@@ -143,8 +143,13 @@ def cstore(cache: Path, rounds: int, report: Report) -> None:
 def storescu(cache: Path, rounds: int, report: Report) -> None:
     """300 CT by DCMTK's own sender, as it comes (Nagle's algorithm on)."""
     ct = files_of(cache, "ct")
-    makers = (huying(), storescp, orthanc(), orthanc(nodelay=False))
-    targets = [Target(ORTHANC_INSTALLED, 8, 15), Target("storescp", 1.2, 2)]
+    weak = huying("huying sync none", packs__sync="none")
+    makers = (huying(), weak, storescp, orthanc(), orthanc(nodelay=False))
+    targets = [
+        Target(ORTHANC_INSTALLED, 8, 15),
+        # It syncs nothing either.
+        Target("storescp", 1.2, 2, "huying sync none"),
+    ]
     compared = Comparison("storescu as it comes, 300 CT", "instances", targets)
     with running(cache / "run", makers) as servers:
 
@@ -395,6 +400,15 @@ def memory(cache: Path, _rounds: int, report: Report) -> None:
                 f" peak {watch.peak_mib - before:+.0f} MiB from {before:.0f} MiB,"
                 f" {sample.n_bytes / sample.seconds / 1e6:.0f} MB/s,"
                 f" failed {sample.failed}"
+            )
+            with MemoryWatch(server.pid, 0.1) as watch:
+                study = f"{ROOT}.4000.3000"
+                series = f"/dicom-web/studies/{study}/series/{study}.1"
+                accept = 'multipart/related; type="application/dicom"'
+                _asking([series], accept, 8, 1.0, 1)(server, 0)
+            said.append(
+                f"{server.label}: eight retrievals of 300 CT at a time:"
+                f" peak {watch.peak_mib:.0f} MiB, afterwards {pss_mib(server.pid):.0f}"
             )
             if isinstance(server, Huying):
                 said.append(
