@@ -1,46 +1,28 @@
-"""Decoding frames in bounded processes (`pacs.imaging.decoder`).
+"""Decoding frames in bounded processes (`pacs.imaging.pool`).
 
-What can go wrong, and what the caller gets:
-
-* the attributes or the code stream's own header are impossible, or contradict each
-  other, or the codec refuses it: `MalformedObject`;
-* it needs more memory than `decode_bytes`: `TooLarge`;
-* the decoder dies or takes longer than `decode_seconds`, or too many wait:
-  `DependencyDown`. That one request fails; the next gets a new process.
+When the attributes or the code stream's own header are impossible, or contradict each
+other, or the codec refuses it, the caller gets `MalformedObject`.
 
 Frames that are only wrapped or deflated are unwrapped here, without a process.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import socket
-import subprocess
-import sys
-import threading
-import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final
 
 from pacs.imaging import decoder, syntaxes
 from pacs.imaging.codestream import SHAPES, Shape
 from pacs.imaging.dataset import Scan
 from pacs.imaging.encoding import PIXEL_DATA, Buffer
+from pacs.imaging.pool import Job, PoolObserver, WorkerPool
 from storage.kernel.errors import (
     DependencyDown,
-    ImagingError,
     MalformedObject,
     TooLarge,
     UnsupportedTransferSyntax,
 )
-from storage.kernel.limits import Limits
-
-log = logging.getLogger(__name__)
 
 SAMPLES, PHOTOMETRIC, PLANAR = 0x00280002, 0x00280004, 0x00280006
 ROWS, COLUMNS = 0x00280010, 0x00280011
@@ -62,14 +44,7 @@ CODECS: Final = {
 _JPEG_LOSSLESS = frozenset((_JPEG + "57", _JPEG + "70"))
 _JPEGXL_LOSSLESS = _JPEG + "110"
 
-#: A decoder that nobody needed for so many seconds is ended.
-IDLE_SECONDS = 30.0
-#: Requests that may wait for a decoder; more are told to come back.
-MAX_WAITING = 64
-#: Bytes of a decoder's reason why it decoded nothing.
-MAX_WORDS = 1024
-#: Start-up of a process, on top of the time for decoding.
-START_SECONDS = 20.0
+DECODE_FRAME: Final = "pacs.imaging.decoder:decode_frame"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,49 +161,11 @@ def is_planar(transfer_syntax_uid: str, spec: DecodeSpec) -> bool:
     return wrapped and spec.samples > 1 and spec.planar == 1
 
 
-class DecoderObserver(Protocol):
-    """Who counts what decoders do."""
-
-    def decoded(self, codec: str, outcome: str, seconds: float) -> None:
-        """Note one request and how it ended: ``"decoded"``, or an error's code."""
-        ...
+DecoderObserver = PoolObserver
 
 
-class DecoderPool:
-    """Decoder processes, started when needed; safe for use by many threads.
-
-    Parameters
-    ----------
-    limits : Limits
-        `decode_seconds` and `decode_bytes` of one request.
-    processes : int
-        At most so many at a time.
-    idle_seconds : float
-        After which an unused process is ended.
-    max_waiting : int
-        Requests beyond it are refused at once.
-    observer : DecoderObserver, optional
-    """
-
-    def __init__(
-        self,
-        limits: Limits,
-        *,
-        processes: int = 1,
-        idle_seconds: float = IDLE_SECONDS,
-        max_waiting: int = MAX_WAITING,
-        observer: DecoderObserver | None = None,
-    ) -> None:
-        self._limits = limits
-        self._observer = observer
-        self._idle_seconds = idle_seconds
-        self._max_waiting = max_waiting
-        self._room = threading.Semaphore(processes)
-        self._lock = threading.Lock()
-        self._idle: list[_Process] = []
-        self._waiting = 0
-        self._closed = False
-        self._reaper: threading.Timer | None = None
+class DecoderPool(WorkerPool):
+    """Worker processes that decode frames; safe for use by many threads."""
 
     def decode(self, data: Buffer, transfer_syntax_uid: str, spec: DecodeSpec) -> bytes:
         """Return one frame as native little endian samples, `frame_bytes` long.
@@ -251,231 +188,49 @@ class DecoderPool:
         codec = CODECS.get(transfer_syntax_uid)
         if codec is None:
             raise UnsupportedTransferSyntax(f"cannot decode {transfer_syntax_uid}")
-        if spec.bits_allocated % 8:
-            raise MalformedObject("impossible sample size", BITS_ALLOCATED)
-        started = time.perf_counter()
-        outcome = "failed"
+        with self.counted(codec):
+            return self._decoded(codec, data, spec)
+
+    def _decoded(self, codec: str, data: Buffer, spec: DecodeSpec) -> bytes:
+        arguments = decode_arguments(codec, data, spec)
         try:
-            shape = _checked(codec, data, spec)
-            decoded = self._ask(codec, data, spec, shape)
-            outcome = "decoded"
-        except ImagingError as error:
-            outcome = error.code
-            raise
-        finally:
-            if self._observer is not None:
-                seconds = time.perf_counter() - started
-                self._observer.decoded(codec, outcome, seconds)
-        return decoded
-
-    def close(self) -> None:
-        """End all processes; nothing can be decoded afterwards."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-            reaper, self._reaper = self._reaper, None
-        if reaper is not None:
-            reaper.cancel()
-        for process in idle:
-            process.end()
-
-    def pids(self) -> list[int]:
-        """Return the processes that wait for work."""
-        with self._lock:
-            return [process.pid for process in self._idle]
-
-    def _ask(self, codec: str, data: Buffer, spec: DecodeSpec, shape: Shape) -> bytes:
-        flags = decoder.SIGNED if spec.signed else 0
-        untouched = spec.photometric == "RGB" and not shape.transformed
-        if codec == "jpeg" and spec.samples == 3 and (shape.lossless or untouched):
-            flags |= decoder.AS_STORED
-        head = decoder.REQUEST.pack(
-            decoder.CODECS.index(codec),
-            flags,
-            spec.rows,
-            spec.columns,
-            spec.samples,
-            spec.bits_allocated,
-            shape.precision,
-            math.ceil(self._limits.decode_seconds) + 1,
-            len(data),
-        )
-        with self._process() as process:
-            outcome, body = process.ask(
-                head, data, self._limits.decode_seconds, spec.frame_bytes
-            )
-        if outcome == decoder.TOO_LARGE:
-            raise TooLarge("decode_bytes", self._limits.decode_bytes)
-        if outcome == decoder.MALFORMED:
-            words = body.decode("ascii", "replace")
-            raise MalformedObject(f"code stream: {words}", PIXEL_DATA)
+            body = self.ask(
+                Job(DECODE_FRAME, arguments, (data,), answer_bytes=spec.frame_bytes)
+            ).body
+        except MalformedObject as error:
+            raise MalformedObject(f"code stream: {error}", PIXEL_DATA) from error
+        if len(body) != spec.frame_bytes:
+            raise DependencyDown("the decoder answered nonsense")
         return body
 
-    @contextmanager
-    def _process(self) -> Iterator[_Process]:
-        """Lend a process; one whose request failed is not used again."""
-        self._wait()
-        process: _Process | None = None
-        try:
-            process = self._take()
-            yield process
-        except BaseException:
-            if process is not None:
-                process.end()
-            raise
-        else:
-            self._give_back(process)
-        finally:
-            self._room.release()
 
-    def _wait(self) -> None:
-        with self._lock:
-            if self._closed:
-                raise DependencyDown("decoders are closed")
-            if self._waiting >= self._max_waiting:
-                raise DependencyDown("decoders are busy")
-            self._waiting += 1
-        try:
-            if not self._room.acquire(timeout=self._limits.decode_seconds):
-                raise DependencyDown("decoders are busy")
-        finally:
-            with self._lock:
-                self._waiting -= 1
+def decode_arguments(codec: str, data: Buffer, spec: DecodeSpec) -> dict[str, Any]:
+    """Return the arguments of `pacs.imaging.decoder.decode` for a code stream.
 
-    def _take(self) -> _Process:
-        while True:
-            with self._lock:
-                process = self._idle.pop() if self._idle else None
-            if process is None:
-                return _Process(self._limits.decode_bytes)
-            if process.is_alive():
-                return process
-            process.end()
+    Its header is compared with the attributes first: a decoder allocates what the
+    code stream declares.
 
-    def _give_back(self, process: _Process) -> None:
-        process.used = time.monotonic()
-        with self._lock:
-            if not self._closed:
-                self._idle.append(process)
-                if self._reaper is None:
-                    self._reaper = self._start_reaper()
-                return
-        process.end()
-
-    def _start_reaper(self) -> threading.Timer:
-        timer = threading.Timer(self._idle_seconds, self._reap)
-        timer.daemon = True
-        timer.name = "decoder-reaper"
-        timer.start()
-        return timer
-
-    def _reap(self) -> None:
-        """End processes that nobody used lately; come again while any are left."""
-        before = time.monotonic() - self._idle_seconds
-        with self._lock:
-            old = [process for process in self._idle if process.used <= before]
-            self._idle = [process for process in self._idle if process.used > before]
-            again = self._idle and not self._closed
-            self._reaper = self._start_reaper() if again else None
-        for process in old:
-            process.end()
-
-
-def _environment() -> dict[str, str]:
-    """Return ours without the settings: passwords are no business of a decoder."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("HUYING_")
+    Raises
+    ------
+    MalformedObject
+        They contradict each other, or the header is broken.
+    """
+    if spec.bits_allocated % 8:
+        raise MalformedObject("impossible sample size", BITS_ALLOCATED)
+    shape = _checked(codec, data, spec)
+    flags = decoder.SIGNED if spec.signed else 0
+    untouched = spec.photometric == "RGB" and not shape.transformed
+    if codec == "jpeg" and spec.samples == 3 and (shape.lossless or untouched):
+        flags |= decoder.AS_STORED
+    return {
+        "codec": codec,
+        "flags": flags,
+        "rows": spec.rows,
+        "columns": spec.columns,
+        "samples": spec.samples,
+        "bits_allocated": spec.bits_allocated,
+        "precision": shape.precision,
     }
-    return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-
-
-class _Process:
-    """One decoder process and the socket to it."""
-
-    def __init__(self, decode_bytes: int) -> None:
-        self.used = 0.0
-        self._fresh = True
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._popen: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603
-                    (sys.executable, "-P", "-m", decoder.__name__, str(decode_bytes)),
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env=_environment(),
-                )
-            except OSError as error:
-                self._socket.close()
-                raise DependencyDown("no decoder process could be started") from error
-
-    @property
-    def pid(self) -> int:
-        return self._popen.pid
-
-    def is_alive(self) -> bool:
-        return self._popen.poll() is None
-
-    def ask(
-        self, head: bytes, data: Buffer, seconds: float, expected: int
-    ) -> tuple[int, bytes]:
-        """Send a request and return outcome and body of the answer.
-
-        Raises
-        ------
-        DependencyDown
-            The process died, took too long, or answered nonsense; end it.
-        """
-        if self._fresh:
-            seconds += START_SECONDS
-            self._fresh = False
-        deadline = time.monotonic() + seconds
-        try:
-            for part in (head, data):
-                self._socket.settimeout(_left(deadline))
-                self._socket.sendall(part)
-            outcome, length = decoder.ANSWER.unpack(
-                self._receive(decoder.ANSWER.size, deadline)
-            )
-            sane = length == expected
-            if outcome != decoder.DECODED:
-                sane = length <= MAX_WORDS
-            if not sane:
-                raise DependencyDown("the decoder answered nonsense")
-            return outcome, bytes(self._receive(length, deadline))
-        except TimeoutError:
-            log.warning("decoder took too long", extra={"decoder": self.pid})
-            raise DependencyDown(f"the decoder took over {seconds:g} s") from None
-        except (EOFError, OSError):
-            log.warning("decoder died", extra={"decoder": self.pid})
-            raise DependencyDown("the decoder died of this code stream") from None
-
-    def _receive(self, length: int, deadline: float) -> bytearray:
-        data = bytearray(length)
-        view = memoryview(data)
-        while view:
-            self._socket.settimeout(_left(deadline))
-            n = self._socket.recv_into(view)
-            if not n:
-                raise EOFError
-            view = view[n:]
-        return data
-
-    def end(self) -> None:
-        """Kill the process, whatever it does, and wait for it."""
-        self._socket.close()
-        with suppress(OSError):
-            self._popen.kill()
-        self._popen.wait()
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
 
 
 def _checked(codec: str, data: Buffer, spec: DecodeSpec) -> Shape:

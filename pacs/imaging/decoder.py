@@ -1,21 +1,8 @@
-"""The decoder process: one frame in, its samples out, over the socket at descriptor 0.
-
-It has bounded memory, and every request bounded time; it dies of what is hostile and
-its parent starts another. It needs no signal of its parent's death (which would come
-with the end of the thread that started it): without a parent it reads end of file, and
-an alarm ends whatever it is doing.
-
-Request: `REQUEST`, then the code stream. Answer: `ANSWER`, then samples or a reason.
-"""
+"""Decoding one frame, in a worker process (`pacs.imaging.worker`)."""
 
 from __future__ import annotations
 
-import resource
-import signal
-import socket
 import struct
-import sys
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -24,40 +11,26 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.generic]
 
-#: codec, flags, rows, columns, samples, bits allocated, precision, seconds, length.
-REQUEST: Final = struct.Struct("<BBIIHHHIQ")
-#: outcome, length.
-ANSWER: Final = struct.Struct("<BQ")
-CODECS: Final = ("jpeg", "jpegls", "jpeg2k", "htj2k", "jpegxl", "rle")
 #: Flags of a request.
 SIGNED: Final = 1
 AS_STORED: Final = 2
 """Leave colours as they are in the code stream."""
-#: Outcomes.
-DECODED: Final = 0
-MALFORMED: Final = 1
-TOO_LARGE: Final = 2
-
-
-def receive(sock: socket.socket, length: int) -> bytearray:
-    """Return exactly `length` bytes.
-
-    Raises
-    ------
-    EOFError
-    """
-    data = bytearray(length)
-    view = memoryview(data)
-    while view:
-        n = sock.recv_into(view)
-        if not n:
-            raise EOFError
-        view = view[n:]
-    return data
 
 
 class Undecodable(ValueError):
     """The code stream is broken or not what the attributes say."""
+
+
+def decode_frame(
+    arguments: dict[str, Any], payloads: list[bytearray]
+) -> tuple[dict[str, Any], memoryview]:
+    """Decode the code stream that is the only payload; a job's handler.
+
+    The arguments are those of `decode` but `data`; the body of the answer is the
+    samples, little endian.
+    """
+    (data,) = payloads
+    return {}, memoryview(decode(data=data, **arguments).tobytes())
 
 
 def decode(
@@ -136,60 +109,3 @@ def _rle(
             raise Undecodable("an RLE segment is too short")
         out[:, i // size, size - 1 - i % size] = plane[:pixels]
     return out
-
-
-def _answer(sock: socket.socket) -> None:
-    head = REQUEST.unpack(receive(sock, REQUEST.size))
-    codec, flags, rows, columns, samples, bits, precision, seconds, length = head
-    signal.alarm(seconds)
-    data = receive(sock, length)
-    try:
-        decoded = decode(
-            CODECS[codec],
-            data,
-            rows=rows,
-            columns=columns,
-            samples=samples,
-            bits_allocated=bits,
-            precision=precision,
-            flags=flags,
-        )
-        outcome, body = DECODED, memoryview(decoded.tobytes())
-    except MemoryError:
-        outcome, body = TOO_LARGE, memoryview(b"")
-    except Exception as error:  # noqa: BLE001  codecs raise what they like
-        text = f"{type(error).__name__}: {error}"[:200]
-        outcome, body = MALFORMED, memoryview(text.encode("ascii", "replace"))
-    sock.sendall(ANSWER.pack(outcome, len(body)))
-    sock.sendall(body)
-    signal.alarm(0)
-
-
-def _limit_memory(added: int) -> None:
-    """Bound the address space to what is in use now and `added` bytes."""
-    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
-        pages = int(file.read().split()[0])
-    bound = pages * resource.getpagesize() + added
-    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def main() -> None:
-    """Serve until the other end is closed."""
-    # Loaded before memory is bounded.
-    import_module("imagecodecs")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    _limit_memory(int(sys.argv[1]))
-    with socket.socket(fileno=0) as sock:
-        while True:
-            try:
-                _answer(sock)
-            except (EOFError, ConnectionError):
-                return
-
-
-if __name__ == "__main__":
-    main()

@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 from pydicom.pixels.encoders.native import _encode_frame  # RLE, PS3.5 Annex G
 
-from pacs.imaging import decoder
+from pacs.imaging import worker
 from pacs.imaging.codecs import (
     CODECS,
     DEFLATED_FRAMES,
     ENCAPSULATED_UNCOMPRESSED,
     DecoderPool,
     DecodeSpec,
-    _Process,
     decoded_photometric,
 )
+from pacs.imaging.pool import _Process
 from storage.kernel.errors import (
     DependencyDown,
     MalformedObject,
@@ -483,15 +483,28 @@ def test_decoders_are_told_no_settings(
 
 
 @pytest.mark.parametrize(
-    ("outcome", "length"),
-    [(decoder.DECODED, 1 << 40), (decoder.MALFORMED, 1 << 40), (decoder.DECODED, 1)],
+    ("outcome", "head", "length"),
+    [
+        (worker.DONE, b"{}", 1 << 40),
+        (worker.REFUSED, b"{}", 1 << 40),
+        (worker.DONE, b"{}", 1),
+        (worker.DONE, b"[]", 0),
+        (worker.DONE, b"no JSON", 0),
+        (worker.DONE, bytes(1 << 20), 0),
+    ],
 )
-def test_an_answer_of_impossible_length_is_not_waited_for(
-    pool: DecoderPool, monkeypatch: pytest.MonkeyPatch, outcome: int, length: int
+def test_an_answer_of_impossible_length_or_form_is_not_believed(
+    pool: DecoderPool,
+    monkeypatch: pytest.MonkeyPatch,
+    outcome: int,
+    head: bytes,
+    length: int,
 ) -> None:
-    answer = decoder.ANSWER.pack(outcome, length)
+    answer = iter([worker.ANSWER.pack(outcome, len(head), length), head, b"?" * 9])
     monkeypatch.setattr(
-        _Process, "_receive", lambda _self, size, _deadline: bytearray(answer)[:size]
+        _Process,
+        "_receive",
+        lambda _self, size, _deadline: bytearray(next(answer)[:size]),
     )
     array, spec = grey(8)
 

@@ -1,0 +1,144 @@
+"""The worker process: one job in, its answer out, over the socket at descriptor 0.
+
+It has bounded memory, and every job bounded time; it dies of what is hostile and its
+parent (`pacs.imaging.pool`) starts another. It needs no signal of its parent's death
+(which would come with the end of the thread that started it): without a parent it
+reads end of file, and an alarm ends whatever it is doing.
+
+Request: `REQUEST`, the length of each payload, the handler's name, arguments (JSON),
+the payloads. Answer: `ANSWER`, a head (JSON), a body.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any, Final
+
+import orjson
+
+from storage.kernel.errors import ImagingError, InvalidParameter, TooLarge
+
+#: Seconds, lengths of handler and arguments, payloads.
+REQUEST: Final = struct.Struct("<IHIH")
+LENGTH: Final = struct.Struct("<Q")
+#: Outcome, lengths of head and body.
+ANSWER: Final = struct.Struct("<BIQ")
+#: Outcomes.
+DONE: Final = 0
+REFUSED: Final = 1
+"""The head says why: `code` (of an `ImagingError`), `message`, and its attributes."""
+NO_MEMORY: Final = 2
+#: Characters of a reason.
+MAX_WORDS: Final = 400
+
+Body = bytes | bytearray | memoryview
+Handler = Callable[[dict[str, Any], list[bytearray]], tuple[dict[str, Any], Body]]
+"""Takes arguments and payloads; returns head and body of the answer."""
+
+
+def receive(sock: socket.socket, length: int) -> bytearray:
+    """Return exactly `length` bytes.
+
+    Raises
+    ------
+    EOFError
+    """
+    data = bytearray(length)
+    view = memoryview(data)
+    while view:
+        n = sock.recv_into(view)
+        if not n:
+            raise EOFError
+        view = view[n:]
+    return data
+
+
+@cache
+def _handler(name: str) -> Handler:
+    module, _, function = name.partition(":")
+    found: Handler = getattr(import_module(module), function)
+    return found
+
+
+def _reason(error: Exception) -> dict[str, Any]:
+    """Return what the parent makes the same error of."""
+    text = str(error)
+    if not isinstance(error, ImagingError):
+        # Codecs raise what they like.
+        return {
+            "code": "input.malformed",
+            "message": f"{type(error).__name__}: {text}"[:MAX_WORDS],
+        }
+    reason: dict[str, Any] = {"code": error.code}
+    if isinstance(error, InvalidParameter):
+        text = text.removeprefix(f"{error.name}: ")
+        reason["name"] = error.name
+    elif isinstance(error, TooLarge):
+        reason |= {"limit": error.limit, "allowed": error.allowed}
+    elif (tag := getattr(error, "tag", None)) is not None:
+        reason["tag"] = tag
+    return {**reason, "message": text[:MAX_WORDS]}
+
+
+def _answer(sock: socket.socket) -> None:
+    seconds, n_name, n_arguments, n_payloads = REQUEST.unpack(
+        receive(sock, REQUEST.size)
+    )
+    signal.alarm(seconds)
+    lengths = [LENGTH.unpack(receive(sock, LENGTH.size))[0] for _ in range(n_payloads)]
+    name = receive(sock, n_name).decode("ascii")
+    arguments = orjson.loads(receive(sock, n_arguments))
+    outcome: int
+    head: dict[str, Any] = {}
+    body: Body = b""
+    try:
+        payloads = [receive(sock, length) for length in lengths]
+        head, body = _handler(name)(arguments, payloads)
+        outcome = DONE
+    except EOFError:
+        raise
+    except MemoryError:
+        outcome = NO_MEMORY
+    except Exception as error:  # noqa: BLE001  whatever it is costs this job only
+        outcome, head = REFUSED, _reason(error)
+    packed = orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
+    sock.sendall(ANSWER.pack(outcome, len(packed), len(body)) + packed)
+    sock.sendall(body)
+    signal.alarm(0)
+
+
+def _limit_memory(added: int) -> None:
+    """Bound the address space to what is in use now and `added` bytes."""
+    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
+        pages = int(file.read().split()[0])
+    bound = pages * resource.getpagesize() + added
+    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main() -> None:
+    """Serve until the other end is closed."""
+    # Loaded before memory is bounded.
+    import_module("imagecodecs")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _limit_memory(int(sys.argv[1]))
+    with socket.socket(fileno=0) as sock:
+        while True:
+            try:
+                _answer(sock)
+            except (EOFError, ConnectionError):
+                return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Jobs in worker processes: what they answer, refuse, and cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pacs.imaging.pool import Job, WorkerPool
+from storage.kernel.errors import (
+    DependencyDown,
+    ImagingError,
+    InvalidParameter,
+    MalformedObject,
+    NotFound,
+    TooLarge,
+    Unsupported,
+)
+from storage.kernel.limits import MIB, Limits
+
+HANDLERS = """
+import os, time
+from storage.kernel import errors
+
+def joined(arguments, payloads):
+    return {"n": len(payloads), **arguments}, b"-".join(payloads)
+
+def refuse(arguments, payloads):
+    raise {
+        "parameter": errors.InvalidParameter("window", "no width"),
+        "large": errors.TooLarge("pixels", 7),
+        "malformed": errors.MalformedObject("no LUT", 0x00281201),
+        "unsupported": errors.Unsupported("a video"),
+        "missing": errors.NotFound("no frame 9"),
+        "other": ZeroDivisionError("patient"),
+    }[arguments["what"]]
+
+def die(arguments, payloads):
+    os._exit(3)
+
+def bloat(arguments, payloads):
+    return {}, bytes(1 << 30)
+
+def talk(arguments, payloads):
+    return {}, bytes(1000)
+"""
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool]:
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    made = WorkerPool(Limits(decode_bytes=64 * MIB))
+    yield made
+    made.close()
+
+
+def test_a_job_answers_with_a_head_and_a_body(pool: WorkerPool) -> None:
+    payloads = (b"one", memoryview(b"two"), b"", b"x" * 3_000_000)
+
+    answer = pool.run(Job("handlers:joined", {"text": "曹操"}, payloads))
+
+    assert answer.head == {"n": 4, "text": "曹操"}
+    assert answer.body == b"one-two--" + b"x" * 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("parameter", InvalidParameter("window", "no width")),
+        ("large", TooLarge("pixels", 7)),
+        ("malformed", MalformedObject("no LUT", 0x00281201)),
+        ("unsupported", Unsupported("a video")),
+        ("missing", NotFound("no frame 9")),
+        ("other", MalformedObject("ZeroDivisionError: patient")),
+    ],
+)
+def test_a_refusal_is_raised_as_the_handler_raised_it(
+    pool: WorkerPool, what: str, expected: ImagingError
+) -> None:
+    with pytest.raises(type(expected)) as caught:
+        pool.run(Job("handlers:refuse", {"what": what}))
+
+    assert str(caught.value) == str(expected)
+    assert vars(caught.value) == vars(expected)
+    assert len(pool.pids()) == 1  # a process that refuses is as good as before
+
+
+def test_a_job_that_kills_its_process_costs_itself_only(pool: WorkerPool) -> None:
+    with pytest.raises(DependencyDown, match="died"):
+        pool.run(Job("handlers:die"))
+
+    assert pool.pids() == []
+    assert pool.run(Job("handlers:joined", {}, (b"a", b"b"))).body == b"a-b"
+
+
+def test_a_job_has_bounded_memory(pool: WorkerPool) -> None:
+    with pytest.raises(TooLarge) as caught:
+        pool.run(Job("handlers:bloat", answer_bytes=1 << 31))
+
+    assert caught.value.limit == "decode_bytes"
+
+
+def test_an_answer_longer_than_expected_is_not_read(pool: WorkerPool) -> None:
+    with pytest.raises(DependencyDown, match="nonsense"):
+        pool.run(Job("handlers:talk", answer_bytes=999))
+
+    assert pool.run(Job("handlers:talk", answer_bytes=1000)).body == bytes(1000)
+
+
+def test_a_handler_that_is_not_there_is_an_error_of_the_job(pool: WorkerPool) -> None:
+    with pytest.raises(MalformedObject, match="ModuleNotFoundError"):
+        pool.run(Job("nowhere:nothing"))
