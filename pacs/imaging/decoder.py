@@ -83,7 +83,8 @@ def _codec(codec: str, data: bytes | bytearray, as_stored: int) -> Any:
     if codec == "jpeg2k":
         return imagecodecs.jpeg2k_decode(data, numthreads=1)
     if codec == "htj2k":
-        return imagecodecs.htj2k_decode(data)
+        # Without the colour transform it would give plane after plane.
+        return imagecodecs.htj2k_decode(data, planar=False)
     return imagecodecs.jpegxl_decode(data, numthreads=1)
 
 
