@@ -75,6 +75,7 @@ from pacs.web.intake import Intake
 from pacs.web.routes import DICOMWEB as DICOMWEB_ROUTERS
 from pacs.web.routes import REST as REST_ROUTERS
 from storage import activity
+from storage.audit import AuditTrail
 from storage.db.engine import Database
 from storage.jobs.runner import JobRunner, Retry
 from storage.kernel.clock import SystemClock
@@ -91,6 +92,7 @@ log = logging.getLogger(__name__)
 
 PACKS = "packs"
 OBJECTS = "objects"
+AUDIT = "audit"
 DICOMWEB = "/dicom-web"
 #: Requests under way when a web process is told to stop have this long to end.
 DRAIN_SECONDS = 15
@@ -130,9 +132,10 @@ class Node:
     policy: AccessPolicy
     decoders: DecoderPool
     book: PackBook
+    audit: AuditTrail
 
     def close(self) -> None:
-        """Close packs, decoders and connections; nothing is lost without it."""
+        """Close packs, decoders and connections; reads are audited till the end."""
         self.decoders.close()
         self.packs.close()
         try:
@@ -140,6 +143,7 @@ class Node:
         except Unavailable as error:
             log.warning("pack book: %s", error, extra={"event": "packbook.failed"})
         self.reader.close()
+        self.audit.close()
         self.database.close()
 
 
@@ -229,6 +233,9 @@ def open_node(settings: Settings) -> Node:
         policy=policy,
         decoders=decoders,
         book=book,
+        audit=AuditTrail(
+            database, clock, settings.data / AUDIT, limits=settings.limits
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""Tables of `storage`: tenants, packs, outbox, change feed.
+"""Tables of `storage`: tenants, packs, outbox, change feed, audit.
 
 Instants are microseconds since 1970 in UTC (``*_us``): exact, sortable and the
 same on every engine. Tenant columns hold the slug, so that a row can be read and
@@ -7,7 +7,7 @@ rebuilt without a join.
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Index, Integer, LargeBinary, String, Text
+from sqlalchemy import BigInteger, Index, Integer, LargeBinary, String, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from storage.db.base import Base
@@ -104,3 +104,115 @@ class IngestActivity(Base):
     tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
     instances: Mapped[int] = mapped_column(BigInteger)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
+
+
+class AuditStream(Base):
+    """The head of one chain of audit records; its row is the writers' lock.
+
+    `mac` signs all other columns but `anchor_us`, when the last anchor was made.
+    """
+
+    __tablename__ = "audit_stream"
+
+    stream: Mapped[str] = mapped_column(String(16), primary_key=True)
+    base_sequence: Mapped[int] = mapped_column(BigInteger)
+    base_hash: Mapped[bytes] = mapped_column(LargeBinary(64))
+    sequence: Mapped[int] = mapped_column(BigInteger)
+    hash: Mapped[bytes] = mapped_column(LargeBinary(64))
+    time_us: Mapped[int] = mapped_column(BigInteger)
+    anchor_us: Mapped[int] = mapped_column(BigInteger)
+    alg: Mapped[str] = mapped_column(String(16))
+    key_id: Mapped[str] = mapped_column(String(16))
+    mac: Mapped[bytes] = mapped_column(LargeBinary(64))
+
+
+class AuditRecord(Base):
+    """One record of a chain; triggers refuse to change or delete it.
+
+    `count` accesses between `time_us` and `last_us` are one record. `outcome`:
+    ``allow``, ``deny``, ``error``. Columns that may be NULL have an index of the rows
+    that have them. `storage.audit.chain` says what `hash` and `mac` cover.
+    """
+
+    __tablename__ = "audit_record"
+
+    stream: Mapped[str] = mapped_column(String(16), primary_key=True)
+    sequence: Mapped[int] = mapped_column(
+        BigInteger, primary_key=True, autoincrement=False
+    )
+    format: Mapped[int] = mapped_column(Integer)
+    alg: Mapped[str] = mapped_column(String(16))
+    time_us: Mapped[int] = mapped_column(BigInteger)
+    last_us: Mapped[int] = mapped_column(BigInteger)
+    count: Mapped[int] = mapped_column(Integer)
+    tenant: Mapped[str] = mapped_column(String(64))
+    actor: Mapped[str] = mapped_column(String(128))
+    roles: Mapped[str] = mapped_column(String(128))
+    source: Mapped[str] = mapped_column(String(64))
+    door: Mapped[str] = mapped_column(String(16))
+    action: Mapped[str] = mapped_column(String(40))
+    outcome: Mapped[str] = mapped_column(String(8))
+    reason: Mapped[str] = mapped_column(String(256))
+    object_kind: Mapped[str] = mapped_column(String(24))
+    object_tenant: Mapped[str | None] = mapped_column(String(64))
+    patient_id: Mapped[str | None] = mapped_column(String(64))
+    study_uid: Mapped[str | None] = mapped_column(String(64))
+    series_uid: Mapped[str | None] = mapped_column(String(64))
+    instance_uid: Mapped[str | None] = mapped_column(String(64))
+    object_id: Mapped[str | None] = mapped_column(String(128))
+    purpose: Mapped[str] = mapped_column(String(64))
+    request_id: Mapped[str] = mapped_column(String(64))
+    detail: Mapped[str] = mapped_column(Text)
+    before: Mapped[bytes | None] = mapped_column(LargeBinary(64))
+    after: Mapped[bytes | None] = mapped_column(LargeBinary(64))
+    hash: Mapped[bytes] = mapped_column(LargeBinary(64))
+    key_id: Mapped[str] = mapped_column(String(16))
+    mac: Mapped[bytes] = mapped_column(LargeBinary(64))
+
+    __table_args__ = (
+        Index("ix_audit_time", "time_us", "sequence"),
+        Index("ix_audit_tenant", "tenant", "time_us", "sequence"),
+        Index("ix_audit_actor", "actor", "time_us", "sequence"),
+        *(
+            Index(
+                f"ix_audit_{name}",
+                f"{column}",
+                "time_us",
+                "sequence",
+                sqlite_where=text(f"{column} IS NOT NULL"),
+                postgresql_where=text(f"{column} IS NOT NULL"),
+            )
+            for name, column in (
+                ("owner", "object_tenant"),
+                ("patient", "patient_id"),
+                ("study", "study_uid"),
+            )
+        ),
+        Index(
+            "ix_audit_refused",
+            "time_us",
+            "sequence",
+            sqlite_where=text("outcome <> 'allow'"),
+            postgresql_where=text("outcome <> 'allow'"),
+        ),
+    )
+
+
+class AuditAnchor(Base):
+    """A signed point of a chain: what was its hash at a time.
+
+    One for each thousand records and hour, to begin a verification at, to publish,
+    and to archive up to.
+    """
+
+    __tablename__ = "audit_anchor"
+
+    stream: Mapped[str] = mapped_column(String(16), primary_key=True)
+    sequence: Mapped[int] = mapped_column(
+        BigInteger, primary_key=True, autoincrement=False
+    )
+    hash: Mapped[bytes] = mapped_column(LargeBinary(64))
+    time_us: Mapped[int] = mapped_column(BigInteger)
+    alg: Mapped[str] = mapped_column(String(16))
+    key_id: Mapped[str] = mapped_column(String(16))
+    mac: Mapped[bytes] = mapped_column(LargeBinary(64))

@@ -71,3 +71,12 @@ class Limits(BaseModel):
     decode_bytes: int = Field(
         2 * GIB, ge=MIB, description="address space a decoder may add"
     )
+    audit_detail_bytes: int = Field(
+        4 * KIB, ge=256, description="detail of one audit record; more is cut"
+    )
+    audit_pending: int = Field(
+        20_000, ge=100, description="audited reads that wait to be written"
+    )
+    audit_pending_seconds: float = Field(
+        10, gt=0, description="longest such wait before reads are refused"
+    )

@@ -1,0 +1,340 @@
+"""The one audit trail of a process: what waits, what does not, and what is folded.
+
+Whatever decides or changes something is in the database before its caller goes on.
+Plain reads may wait: they are counted in memory and written together, once a second.
+Reads of the same object by the same actor become one record with a count.
+
+If it cannot be written, it does not happen: `record_now` raises, and `record` raises
+once the reads that wait are too many or have waited too long.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sqlalchemy import Connection, select
+
+from storage.audit.append import Entry, append
+from storage.audit.chain import Head
+from storage.audit.event import AuditEvent, Outcome, detail_text
+from storage.audit.keys import Memory, Seen, own_key
+from storage.db.engine import Database
+from storage.db.tables import AuditRecord
+from storage.group import GroupCommit, Ticket
+from storage.kernel.clock import Clock
+from storage.kernel.errors import DependencyDown, ImagingError
+from storage.kernel.limits import Limits
+
+log = logging.getLogger(__name__)
+
+#: The chain of all that doors record.
+STREAM = "access"
+#: How long a first read of an object waits to be written, at most.
+FLUSH_SECONDS = 1.0
+#: Over how long further reads of the same object are counted before that is written.
+FOLD_SECONDS = 10.0
+#: Records of one transaction.
+BATCH = 2000
+#: Records that wait before they are written without waiting for their time.
+EAGER = 1000
+
+
+@dataclass(slots=True)
+class _Fold:
+    """Reads of one object by one actor since the last record of them.
+
+    `count` is 0 while there are none: the key is only kept to fold those to come.
+    """
+
+    event: AuditEvent
+    detail: str
+    last_us: int
+    count: int
+    due: float
+
+
+class AuditTrail:
+    """Record accesses of one process in the chain that all processes share.
+
+    Make one after forking, and `close` it.
+
+    Parameters
+    ----------
+    database : Database
+    clock : Clock
+    folder : Path
+        Where the key and the memory lie; they are made on first use.
+    limits : Limits
+    flush_seconds, fold_seconds : float
+        See `FLUSH_SECONDS` and `FOLD_SECONDS`.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        folder: Path,
+        *,
+        limits: Limits | None = None,
+        stream: str = STREAM,
+        flush_seconds: float = FLUSH_SECONDS,
+        fold_seconds: float = FOLD_SECONDS,
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._limits = limits or Limits()
+        self._stream = stream
+        self._flush_seconds = flush_seconds
+        self._fold_seconds = fold_seconds
+        self._sealer = own_key(folder)
+        self._memory = Memory(folder, stream, self._sealer)
+        self._group = GroupCommit(self._commit_group, max_items=BATCH)
+        self._lock = threading.Lock()
+        self._folds: dict[tuple[object, ...], _Fold] = {}
+        self._waiting = 0
+        #: Since when reads wait that could not be written.
+        self._stuck_since: float | None = None
+        self._wake = threading.Event()
+        self._writer: threading.Thread | None = None
+        self._closed = False
+
+    def record(self, event: AuditEvent) -> None:
+        """Record a read; it is written within a second, together with others.
+
+        An event whose outcome is not ``allow`` is written at once, as by
+        `record_now`.
+
+        Never waits for the database when the outcome is ``allow``.
+
+        Raises
+        ------
+        DependencyDown
+            Too many reads wait, or for too long: this one must not happen.
+        """
+        if event.outcome is not Outcome.ALLOW:
+            self.record_now(event)
+            return
+        now = time.monotonic()
+        now_us = event.time_us or self._clock.now_us()
+        detail = self._detail(event)
+        key = _key(event, detail)
+        with self._lock:
+            self._refuse_if_stuck(now)
+            fold = self._folds.get(key)
+            if fold is not None and fold.count:
+                fold.count += 1
+                fold.last_us = max(fold.last_us, now_us)
+                if fold.event.instance_uid != event.instance_uid:
+                    fold.event = replace(fold.event, instance_uid="")
+                return
+            if self._waiting >= self._limits.audit_pending:
+                raise DependencyDown("audit: too many accesses wait to be written")
+            self._waiting += 1
+            if event.time_us != now_us:
+                event = replace(event, time_us=now_us)
+            if fold is not None:
+                fold.event, fold.last_us, fold.count = event, now_us, 1
+                return
+            due = now + self._flush_seconds
+            self._folds[key] = _Fold(event, detail, now_us, 1, due)
+            self._start()
+            if self._waiting == EAGER:
+                self._wake.set()
+
+    def record_now(self, event: AuditEvent) -> None:
+        """Record a decision or a change; it is durable when this returns.
+
+        Waits for the disk: not to be called in an event loop.
+
+        Raises
+        ------
+        DependencyDown
+            It was not recorded: what it tells of must not happen.
+        """
+        entry = self._entry(event)
+        try:
+            self._group.submit(entry, len(entry.detail))
+        except DependencyDown:
+            raise
+        except ImagingError as error:
+            raise DependencyDown(f"audit: {error}") from error
+
+    def record_in(self, connection: Connection, event: AuditEvent) -> None:
+        """Record a change in the transaction that makes it.
+
+        The last statement before the commit: the chain is locked until then. With
+        SQLite the connection must come from `Database.write`.
+        """
+        now_us = self._clock.now_us()
+        append(connection, self._stream, [self._entry(event)], self._sealer, now_us)
+
+    def flush(self) -> None:
+        """Write all reads that wait.
+
+        Raises
+        ------
+        DependencyDown
+            They could not be written and go on waiting.
+        """
+        self._write_due(float("inf"))
+
+    def close(self) -> None:
+        """Write what waits and stop; what cannot be written is counted in the log."""
+        with self._lock:
+            self._closed = True
+            writer = self._writer
+        self._wake.set()
+        if writer is not None:
+            writer.join()
+        try:
+            self.flush()
+        except ImagingError:
+            with self._lock:
+                lost = sum(fold.count for fold in self._folds.values())
+            log.exception(
+                "audited reads were lost",
+                extra={"event": "audit.lost", "accesses": lost},
+            )
+
+    def _detail(self, event: AuditEvent) -> str:
+        if not event.detail:
+            return "{}"
+        return detail_text(event.detail, self._limits.audit_detail_bytes)
+
+    def _entry(self, event: AuditEvent) -> Entry:
+        if not event.time_us:
+            event = replace(event, time_us=self._clock.now_us())
+        return Entry(event, self._detail(event), event.time_us)
+
+    def _refuse_if_stuck(self, now: float) -> None:
+        allowed = self._limits.audit_pending_seconds
+        if self._stuck_since is not None and now - self._stuck_since > allowed:
+            raise DependencyDown("audit: accesses have waited too long to be written")
+
+    def _start(self) -> None:
+        if self._writer is None and not self._closed:
+            self._writer = threading.Thread(target=self._run, name="audit", daemon=True)
+            self._writer.start()
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._wake.wait(self._flush_seconds / 4)
+            self._wake.clear()
+            try:
+                self._write_due(time.monotonic())
+            except ImagingError as error:
+                log.warning(
+                    "audit not written: %s", error, extra={"event": "audit.failed"}
+                )
+            except Exception:
+                log.exception("audit not written", extra={"event": "audit.failed"})
+
+    def _write_due(self, now: float) -> None:
+        """Write the folds whose time has come by `now`."""
+        while entries := self._take(now):
+            try:
+                self._commit([entry for _, entry in entries])
+            except BaseException:
+                self._give_back(entries)
+                raise
+            with self._lock:
+                self._stuck_since = None
+
+    def _take(self, now: float) -> list[tuple[tuple[object, ...], Entry]]:
+        """Return a batch of due folds, counted down to 0; forget the idle ones."""
+        taken: list[tuple[tuple[object, ...], Entry]] = []
+        with self._lock:
+            eager = self._waiting >= EAGER
+            for key, fold in list(self._folds.items()):
+                if fold.due > now and not (eager and fold.count):
+                    continue
+                if not fold.count:
+                    del self._folds[key]
+                    continue
+                if len(taken) == BATCH:
+                    break
+                taken.append(
+                    (key, Entry(fold.event, fold.detail, fold.last_us, fold.count))
+                )
+                fold.count = 0
+                fold.due = time.monotonic() + self._fold_seconds
+            self._waiting -= len(taken)
+        return taken
+
+    def _give_back(self, entries: Sequence[tuple[tuple[object, ...], Entry]]) -> None:
+        """Let entries that were not written wait on."""
+        with self._lock:
+            now = time.monotonic()
+            if self._stuck_since is None:
+                self._stuck_since = now
+            for key, entry in entries:
+                fold = self._folds.get(key)
+                if fold is None or not fold.count:
+                    self._waiting += 1
+                    self._folds[key] = _Fold(
+                        entry.event, entry.detail, entry.last_us, entry.count, now
+                    )
+                    continue
+                if fold.event.instance_uid != entry.event.instance_uid:
+                    fold.event = replace(entry.event, instance_uid="")
+                else:
+                    fold.event = entry.event
+                fold.count += entry.count
+                fold.due = now
+
+    def _commit_group(self, tickets: Sequence[Ticket[Entry]]) -> None:
+        self._commit([ticket.item for ticket in tickets])
+
+    def _commit(self, entries: Sequence[Entry]) -> None:
+        """Write in one transaction, synced; then remember how far the chain is."""
+        with self._database.write() as connection:
+            head = append(
+                connection, self._stream, entries, self._sealer, self._clock.now_us()
+            )
+        self._remember(head)
+
+    def _remember(self, head: Head) -> None:
+        agrees = self._memory.advance(
+            Seen(head.sequence, head.hash, head.time_us), self._hash_of
+        )
+        if not agrees:
+            log.error(
+                "audit: records that were written are gone or replaced:"
+                " run `huying audit verify`",
+                extra={"event": "audit.forked"},
+            )
+
+    def _hash_of(self, sequence: int) -> bytes | None:
+        with self._database.read() as connection:
+            found = connection.scalar(
+                select(AuditRecord.hash).where(
+                    AuditRecord.stream == self._stream,
+                    AuditRecord.sequence == sequence,
+                )
+            )
+        return None if found is None else bytes(found)
+
+
+def _key(event: AuditEvent, detail: str) -> tuple[object, ...]:
+    """Return what reads must share to be one record: all but time and instance."""
+    return (
+        event.actor,
+        event.action,
+        event.series_uid,
+        event.study_uid,
+        event.patient_id,
+        event.object_kind,
+        event.object_id,
+        event.object_tenant,
+        event.tenant,
+        event.source,
+        event.door,
+        event.purpose,
+        event.reason,
+        detail,
+    )
