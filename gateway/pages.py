@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from sqlalchemy import func, select
 
+from pacs.repository import visible
 from pacs.repository.tables import Study
 from pacs.services.query import QueryService, StudyFilter
 from storage.db.engine import Database
@@ -56,6 +57,6 @@ def sums(database: Database, actor: Actor) -> Totals:
                 func.coalesce(func.sum(Study.n_series), 0),
                 func.coalesce(func.sum(Study.n_instances), 0),
                 func.coalesce(func.sum(Study.size_bytes), 0),
-            ).where(Study.tenant.in_(actor.tenants))
+            ).where(visible.studies(actor))
         ).one()
     return Totals(*map(int, row))

@@ -235,7 +235,7 @@ class Acceptor:
         confirmed = (
             identity is not None
             and identity.response_requested
-            and Role.ADMIN in actor.roles
+            and Role.OPEN in actor.roles
         )
         answer = encode_associate_ac(
             body,

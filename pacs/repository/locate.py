@@ -15,6 +15,7 @@ from sqlalchemy import (
 )
 
 from pacs.domain.study import StoredInstance
+from pacs.repository import visible
 from pacs.repository.tables import FrameTableRow, Instance, Series, Study
 from storage.db.tables import Pack
 from storage.kernel.types import Actor
@@ -72,7 +73,8 @@ def _stored(row: Row[*tuple[Any, ...]]) -> StoredInstance:
 
 
 def _visible(actor: Actor) -> ColumnElement[bool]:
-    return Instance.tenant.in_(actor.tenants)
+    own = Instance.tenant.in_(actor.tenants)
+    return own if actor.scope is None else and_(own, visible.studies(actor))
 
 
 def instances(

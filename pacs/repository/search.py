@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count as numbers_from
 from itertools import islice
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import ColumnElement, Connection, func, select
 
 from pacs.domain.matching import Blank, Condition, Nothing
 from pacs.domain.study import Level
+from pacs.repository import visible
 from pacs.repository.search_sql import (
     Lowering,
     Phase,
@@ -27,9 +28,9 @@ from pacs.repository.search_sql import (
     Tree,
     compile_statement,
 )
-from pacs.repository.tables import Instance, Series
+from pacs.repository.tables import Instance, Series, Study
 from storage.kernel.errors import InvalidParameter
-from storage.kernel.types import Actor
+from storage.kernel.types import Actor, Scope
 
 #: Rows fetched at a time from a server-side cursor.
 BATCH = 500
@@ -147,7 +148,8 @@ def page(
     InvalidParameter
         `after` is not a place in this order.
     """
-    phases, tree, values = _prepare(connection, selection)
+    selection = _told(actor, selection)
+    phases, tree, values = _prepare(connection, actor, selection)
     width = len(selection.fields)
     found = Found([], [])
     for phase in phases:
@@ -178,7 +180,8 @@ def stream(
     connection: Connection, actor: Actor, selection: Selection
 ) -> Generator[Row, None, None]:
     """Yield all rows from a server-side cursor, one tenant after the other."""
-    phases, tree, values = _prepare(connection, selection)
+    selection = _told(actor, selection)
+    phases, tree, values = _prepare(connection, actor, selection)
     width = len(selection.fields)
     for tenant in actor.tenants:
         for phase in phases:
@@ -191,7 +194,7 @@ def count(
     connection: Connection, actor: Actor, selection: Selection, *, at_most: int
 ) -> int:
     """Return the number of matches, counting no further than `at_most`."""
-    phases, tree, values = _prepare(connection, selection)
+    phases, tree, values = _prepare(connection, actor, selection)
     total = 0
     for tenant in actor.tenants:
         for phase in phases:
@@ -213,7 +216,7 @@ def first_instances(
     firsts = (
         select(parent.label("parent"), func.min(Instance.id).label("first"))
         .join(Series, Series.id == Instance.series_pk)
-        .where(parent.in_(pks), Instance.tenant.in_(actor.tenants))
+        .where(parent.in_(pks), Instance.tenant.in_(actor.tenants), *_of_scope(actor))
         .group_by(parent)
         .subquery()
     )
@@ -223,6 +226,29 @@ def first_instances(
         )
     )
     return {row[0]: (row[1], row[2]) for row in found}
+
+
+#: Whoever may know of single studies is not told how many others the patient has.
+_WITHIN_STUDY = {
+    "of_patient.n_studies": "study.itself",
+    "of_patient.n_series": "study.n_series",
+    "of_patient.n_instances": "study.n_instances",
+}
+
+
+def _told(actor: Actor, selection: Selection) -> Selection:
+    """Return the selection with the columns that `actor` may be told."""
+    if actor.scope is None or not actor.scope.studies:
+        return selection
+    fields = tuple(_WITHIN_STUDY.get(name, name) for name in selection.fields)
+    return replace(selection, fields=fields)
+
+
+def _of_scope(actor: Actor) -> tuple[ColumnElement[bool], ...]:
+    """Return the condition on the series of rows, where the actor has a scope."""
+    if actor.scope is None:
+        return ()
+    return (Series.study_pk.in_(select(Study.id).where(visible.studies(actor))),)
 
 
 @dataclass(slots=True)
@@ -320,15 +346,18 @@ def _is_sqlite(connection: Connection) -> bool:
 
 
 def _prepare(
-    connection: Connection, selection: Selection
+    connection: Connection, actor: Actor, selection: Selection
 ) -> tuple[tuple[Phase, ...], Tree, list[Any]]:
     """Return the phases of the order, the tree of tests, and its values."""
     rules = [found.rule for found in selection.conditions]
     if any(isinstance(rule, Nothing) for rule in rules):
         return (), (), []
+    if actor.scope == Scope():
+        return (), (), []
     lowering = Lowering(is_sqlite=_is_sqlite(connection))
     tree = (
         "and",
+        *(() if actor.scope is None else (lowering.scope(actor.scope),)),
         *(lowering.condition(found) for found in selection.conditions),
         *(lowering.free_word(word) for word in selection.free_words),
     )

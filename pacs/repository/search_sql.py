@@ -17,6 +17,7 @@ import orjson
 from sqlalchemy import (
     ARRAY,
     ColumnElement,
+    Integer,
     Select,
     String,
     Table,
@@ -52,6 +53,7 @@ from pacs.domain.matching import (
 from pacs.domain.study import Level
 from pacs.imaging.charset import without_tones
 from pacs.repository.tables import Instance, Patient, Series, Study
+from storage.kernel.types import Scope
 
 #: Sorts behind every Series Number and Instance Number.
 _LAST = 2**62
@@ -147,6 +149,27 @@ class Lowering:
             return self._in_set(name, rule)
         return self._plain(name, rule)
 
+    def scope(self, scope: Scope) -> Tree:
+        """Test that a row is in a scope that is not empty."""
+        tests: list[Tree] = [
+            (
+                "and",
+                self._test("=", "study.tenant", key.tenant),
+                self._test("=", "study.study_instance_uid", key.study_instance_uid),
+            )
+            for key in sorted(scope.studies, key=str)
+        ]
+        tests += [
+            (
+                "and",
+                self._test("=", "study.tenant", key.tenant),
+                self._test("=", "study.issuer", key.issuer),
+                self._test("=", "study.patient_id", key.patient_id),
+            )
+            for key in sorted(scope.patients, key=str)
+        ]
+        return tests[0] if len(tests) == 1 else ("union", *tests)
+
     def free_word(self, word: str) -> Tree:
         """Test a word of the free-text box."""
         return (
@@ -224,7 +247,7 @@ class Lowering:
             pairs = zip(_NAME_GROUPS, rule.groups, strict=False)
             return ("and", *(self._name_group(n, g) for n, g in pairs if g))
         alphabetic, ideographic, phonetic = _NAME_GROUPS
-        tests = [
+        tests: list[Tree] = [
             self._name_group(alphabetic, rule.any_group),
             self._name_group(ideographic, rule.any_group),
         ]
@@ -527,6 +550,7 @@ def _computed() -> dict[str, ColumnElement[Any]]:
         "words:study.referring_physician_name": caret.concat(
             func.replace(func.replace(study.c.referring_search, "=", "^"), " ", "^")
         ),
+        "study.itself": literal_column("1", Integer()),
         "series.number_order": func.coalesce(
             series.c.series_number, literal_column(str(_LAST))
         ),

@@ -16,7 +16,7 @@ from sqlalchemy import and_, delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from pacs.domain.study import StoredInstance
-from pacs.repository import locate
+from pacs.repository import locate, visible
 from pacs.repository.tables import Series, SeriesMetadata, Study
 from storage.db.engine import Database
 from storage.kernel.errors import Gone, NotFound
@@ -138,7 +138,7 @@ class SeriesBundles:
             )
             .join(Study, Study.id == Series.study_pk)
             .where(
-                Study.tenant.in_(actor.tenants),
+                visible.studies(actor),
                 Study.study_instance_uid == study_uid,
                 Series.n_instances > 0,
             )

@@ -1,32 +1,97 @@
 """Who may do what: the one place that decides, for every door.
 
-It only grows: accounts, purposes and consent join it in later versions; callers
-keep asking the same two questions.
+`AccessPolicy.decide` is asked by DIMSE, DICOMweb, REST and the pages; it denies
+whatever `pacs.services.permissions` does not allow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Protocol
 
+from pacs.services.permissions import (
+    PERMISSIONS,
+    PURPOSES,
+    Action,
+    Kind,
+    Relation,
+    Relations,
+)
 from storage.kernel.errors import NotAllowed, NotAuthenticated
-from storage.kernel.types import DEFAULT_TENANT, Actor, Role, TenantId
+from storage.kernel.types import (
+    DEFAULT_TENANT,
+    Actor,
+    PatientKey,
+    Purpose,
+    Role,
+    StudyKey,
+    TenantId,
+)
+
+__all__ = [
+    "OPEN_ACTOR",
+    "AccessPolicy",
+    "Action",
+    "Decision",
+    "KnownPeer",
+    "PeerDirectory",
+    "Reason",
+    "Refused",
+    "Resource",
+]
 
 
-class Action(StrEnum):
-    """What can be asked of the archive."""
+class Reason(StrEnum):
+    """Why a decision is as it is."""
 
-    ECHO = "echo"
-    STORE = "store"
-    FIND = "find"
-    GET = "get"
-    MOVE = "move"
-    COMMIT = "commit"
-    DELETE = "delete"
-    SETTLE = "settle"
-    ADMINISTER = "administer"
+    ALLOWED = "allowed"
+    ROLE = "no role of the actor may do this"
+    RELATION = "not to what belongs to others"
+    PURPOSE = "not for this purpose"
+    PEER = "the peer entry does not grant it"
+    PENDING = "the password must be changed, or a second factor set up, first"
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """What an action is done to.
+
+    Attributes
+    ----------
+    tenant : str
+        Whose it is; empty: only what the actor's queries return, which are scoped.
+    account : str
+        Name of an account, for actions on accounts.
+    study : StudyKey, optional
+    patient : PatientKey, optional
+    """
+
+    kind: Kind
+    tenant: str = ""
+    account: str = ""
+    study: StudyKey | None = None
+    patient: PatientKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Allowed or not, and why."""
+
+    allowed: bool
+    reason: Reason
+
+
+_ALLOWED = Decision(allowed=True, reason=Reason.ALLOWED)
+_DENIED = {
+    reason: Decision(allowed=False, reason=reason)
+    for reason in Reason
+    if reason is not Reason.ALLOWED
+}
+#: Who may do everything: the node itself, and whoever reaches an open one.
+_EVERYTHING = frozenset({Role.SYSTEM, Role.OPEN})
 
 
 class Refused(StrEnum):
@@ -65,7 +130,57 @@ class PeerDirectory(Protocol):
         ...
 
 
-OPEN_ACTOR = Actor(DEFAULT_TENANT, "open", roles=frozenset({Role.ADMIN}))
+#: What an actor with a scope can do anything to.
+_OF_SCOPED = frozenset({Relation.PATIENT, Relation.SELF})
+
+OPEN_ACTOR = Actor(DEFAULT_TENANT, "open", roles=frozenset({Role.OPEN}))
+
+
+@lru_cache(maxsize=1024)
+def relations(roles: frozenset[Role], action: str) -> Relations:
+    """Return to whose things actors of `roles` may do `action`."""
+    row = PERMISSIONS.get(Action(action))
+    if row is None:
+        return frozenset()
+    found: set[Relation] = set()
+    for role in roles:
+        found |= row[1].get(role, frozenset())
+    return frozenset(found)
+
+
+def relation_of(actor: Actor, resource: Resource) -> Relation:
+    """Return what `resource` is to `actor`."""
+    if resource.account and (resource.account, resource.tenant) == (
+        actor.name,
+        actor.tenant,
+    ):
+        return Relation.SELF
+    if actor.scope is not None:
+        inside = (
+            resource.study in actor.scope.studies
+            or resource.patient in actor.scope.patients
+        )
+        return Relation.PATIENT if inside else Relation.OTHER
+    if resource.tenant == actor.tenant:
+        return Relation.OWN
+    if resource.tenant in actor.readable:
+        return Relation.GRANTED
+    return Relation.OTHER
+
+
+@lru_cache(maxsize=1024)
+def purposes(roles: frozenset[Role], action: str) -> tuple[Purpose, ...]:
+    """Return why actors of `roles` may look at patient data; the first by default."""
+    row = PERMISSIONS.get(Action(action))
+    able = [role for role in PURPOSES if row is not None and role in row[1]]
+    return tuple(
+        dict.fromkeys(
+            purpose
+            for role in (*able, *_EVERYTHING)
+            if role in roles
+            for purpose in PURPOSES[role]
+        )
+    )
 
 
 class AccessPolicy:
@@ -121,7 +236,7 @@ class AccessPolicy:
         if certificate_name is not None and certificate_name not in names:
             return Refused.CALLING_AE
         tenant = self._our_aes[called] or (peer.tenant if peer else "")
-        role = Role.ADMIN if self._open else Role.MODALITY
+        role = Role.OPEN if self._open else Role.MODALITY
         return Actor(
             TenantId(tenant or DEFAULT_TENANT), calling, roles=frozenset({role})
         )
@@ -144,19 +259,75 @@ class AccessPolicy:
             return OPEN_ACTOR
         raise NotAuthenticated("log in first")
 
-    def may(self, actor: Actor, action: str) -> bool:
-        """Tell whether `actor` may do `action` at all."""
-        if Role.ADMIN in actor.roles or Role.SYSTEM in actor.roles:
-            return True
+    def decide(
+        self,
+        actor: Actor,
+        action: str,
+        resource: Resource | None = None,
+        purpose: Purpose | None = None,
+    ) -> Decision:
+        """Decide whether `actor` may do `action` to `resource`.
+
+        Parameters
+        ----------
+        action : str
+            A value of `Action`; another is denied.
+        resource : Resource, optional
+            Without one, or without its tenant, whether there is anything at all to
+            which the actor may do it: which rows those are, queries take from the
+            actor (`acting`).
+        purpose : Purpose, optional
+            Else the actor's own, else that of its role.
+        """
+        if not _EVERYTHING.isdisjoint(actor.roles):
+            return _ALLOWED
+        if action not in PERMISSIONS:
+            return _DENIED[Reason.ROLE]
+        allowed = relations(actor.roles, action)
+        if not allowed:
+            pending = Role.PENDING in actor.roles
+            return _DENIED[Reason.PENDING if pending else Reason.ROLE]
+        if resource is not None and resource.tenant:
+            if relation_of(actor, resource) not in allowed:
+                return _DENIED[Reason.RELATION]
+        elif actor.scope is not None and allowed.isdisjoint(_OF_SCOPED):
+            return _DENIED[Reason.RELATION]
+        if PERMISSIONS[Action(action)][0] is Kind.STUDY:
+            wanted = purpose or actor.purpose
+            if wanted is not None and wanted not in purposes(actor.roles, action):
+                return _DENIED[Reason.PURPOSE]
         if Role.MODALITY in actor.roles:
             peer = self._peers.find(actor.name)
-            return peer is not None and action in peer.may
-        return False
+            if peer is None or action not in peer.may:
+                return _DENIED[Reason.PEER]
+        return _ALLOWED
 
-    def require(self, actor: Actor, action: str) -> None:
+    def acting(self, actor: Actor, action: str) -> Actor:
+        """Return `actor` with no more tenants than `action` may reach."""
+        if (
+            actor.readable
+            and actor.scope is None
+            and _EVERYTHING.isdisjoint(actor.roles)
+            and Relation.GRANTED not in relations(actor.roles, action)
+        ):
+            return replace(actor, readable=frozenset())
+        return actor
+
+    def may(self, actor: Actor, action: str) -> bool:
+        """Tell whether `actor` may do `action` at all."""
+        return self.decide(actor, action).allowed
+
+    def require(
+        self,
+        actor: Actor,
+        action: str,
+        resource: Resource | None = None,
+        purpose: Purpose | None = None,
+    ) -> None:
         """Raise NotAllowed unless `actor` may do `action`."""
-        if not self.may(actor, action):
-            raise NotAllowed(f"{action} is not allowed")
+        decision = self.decide(actor, action, resource, purpose)
+        if not decision.allowed:
+            raise NotAllowed(f"{action} is not allowed: {decision.reason}")
 
     def resolve(self, actor: Actor, title: str) -> KnownPeer | None:
         """Return the C-MOVE destination called `title`, or None (A801)."""

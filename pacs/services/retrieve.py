@@ -19,9 +19,12 @@ from pacs.imaging import syntaxes
 from pacs.imaging.codecs import DecoderPool, DecodeSpec
 from pacs.imaging.dataset import Scan, inflate, scan
 from pacs.imaging.dicomjson import instance_json, value_at
+from pacs.imaging.encoders import ENCODERS, is_encodable
+from pacs.imaging.encoding import PIXEL_DATA
 from pacs.imaging.frames import FrameTable, frame_ranges
 from pacs.imaging.part10 import file_meta
-from pacs.imaging.transcode import can_convert, native_frame, to_syntax
+from pacs.imaging.recode import check_encodable, encoded_frame, native_frame
+from pacs.imaging.transcode import can_convert, to_syntax
 from pacs.repository import locate
 from pacs.services.metadata import MetadataBody, SeriesBundles
 from pacs.services.sources import ByteSource, LazyBytes, chunked, spliced
@@ -33,7 +36,7 @@ from storage.kernel.errors import (
     UnsupportedTransferSyntax,
 )
 from storage.kernel.limits import Limits
-from storage.kernel.types import Actor
+from storage.kernel.types import Actor, Scope
 from storage.packs.reader import PackReader
 
 EXPLICIT_LE = "1.2.840.10008.1.2.1"
@@ -91,7 +94,7 @@ class RetrieveService:
         self._limits = limits
         self._bundles = SeriesBundles(database, self.metadata)
         self._remembered: OrderedDict[
-            tuple[tuple[str, ...], str, str, str], StoredInstance
+            tuple[tuple[str, ...], Scope | None, str, str, str], StoredInstance
         ] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -135,7 +138,7 @@ class RetrieveService:
         ------
         NotFound
         """
-        key = (actor.tenants, study_uid, series_uid, instance_uid)
+        key = (actor.tenants, actor.scope, study_uid, series_uid, instance_uid)
         with self._lock:
             known = self._remembered.get(key)
             if known is not None:
@@ -191,7 +194,13 @@ class RetrieveService:
     def can_send_as(self, instance: StoredInstance, transfer_syntax_uid: str) -> bool:
         """Tell whether the instance can leave in that transfer syntax."""
         stored = instance.transfer_syntax_uid
-        return stored == transfer_syntax_uid or can_convert(stored, transfer_syntax_uid)
+        if stored == transfer_syntax_uid:
+            return True
+        if not can_convert(stored, transfer_syntax_uid):
+            return False
+        if transfer_syntax_uid not in ENCODERS:
+            return True
+        return self._can_encode(instance, transfer_syntax_uid)
 
     def read_object(self, instance: StoredInstance, offset: int, length: int) -> bytes:
         """Return a range of the Part-10 object exactly as stored, unchecked."""
@@ -274,166 +283,6 @@ class RetrieveService:
 
     def _dataset_bytes(self, instance: StoredInstance) -> memoryview:
         return self._objects.whole(instance, instance.dataset_offset)
-
-    def frame_count(self, instance: StoredInstance) -> int:
-        """Return how many frames can be asked for; 0 without pixel data."""
-        return len(self._frames(instance).table)
-
-    def frame(
-        self,
-        instance: StoredInstance,
-        number: int,
-        transfer_syntax_uid: str | None = None,
-    ) -> Frame:
-        """Return one frame; see `open_frame`."""
-        source = self.open_frame(instance, number, transfer_syntax_uid)
-        return Frame(source.read(0, source.length), source.transfer_syntax_uid)
-
-    def open_frame(
-        self,
-        instance: StoredInstance,
-        number: int,
-        transfer_syntax_uid: str | None = None,
-    ) -> ByteSource:
-        """Return one frame; see `open_frames`."""
-        return self.open_frames(instance, (number,), transfer_syntax_uid)[0]
-
-    def open_frames(
-        self,
-        instance: StoredInstance,
-        numbers: Sequence[int],
-        transfer_syntax_uid: str | None = None,
-    ) -> list[ByteSource]:
-        """Return frames, as stored or decoded to little endian when they are read.
-
-        Parameters
-        ----------
-        numbers : sequence of int
-            From 1, in any order.
-        transfer_syntax_uid : str, optional
-            None for as stored; but what is not Explicit VR Little Endian only in its
-            data set or its byte order comes in that (PS3.18 8.7.3.5.2).
-
-        Raises
-        ------
-        NotFound
-            No such frame, or its bytes are not all there.
-        UnsupportedTransferSyntax
-        """
-        frames = self._frames(instance)
-        stored = instance.transfer_syntax_uid
-        syntax = syntaxes.get(stored)
-        target = transfer_syntax_uid
-        if target == stored or target is None:
-            target = stored if syntax.encapsulated else EXPLICIT_LE
-        if target not in {stored, EXPLICIT_LE, IMPLICIT_LE} or (
-            target != stored and not syntax.decodes
-        ):
-            raise UnsupportedTransferSyntax(f"cannot convert {stored} to {target}")
-        ranges = [frames.table.ranges(number) for number in numbers]
-        if target == stored or (syntax.little_endian and not syntax.encapsulated):
-            return [spliced(frames.read, parts, target) for parts in ranges]
-        spec = DecodeSpec.from_scan(frames.scan or self._header_scan(instance))
-
-        def decoded(parts: list[tuple[int, int]]) -> bytes:
-            data = b"".join(frames.read(offset, length) for offset, length in parts)
-            return native_frame(data, stored, spec, self._decoders)
-
-        sources = []
-        for parts in ranges:
-            length = sum(size for _, size in parts)
-            if syntax.encapsulated:
-                length = spec.frame_bytes
-            lazy = LazyBytes(partial(decoded, parts), length)
-            sources.append(ByteSource(length, lazy.read, EXPLICIT_LE, transcoded=True))
-        return sources
-
-    def _frames(self, instance: StoredInstance) -> _FrameSource:
-        """Find where the frames of an instance are, at the least cost."""
-        syntax = syntaxes.get(instance.transfer_syntax_uid)
-        start = instance.dataset_offset
-        body: bytes | memoryview
-        if syntax.deflated:
-            body = inflate(self._dataset_bytes(instance), self._limits)
-            found = scan(body, 0, len(body), instance.transfer_syntax_uid, self._limits)
-            return _FrameSource(
-                frame_ranges(found, instance.number_of_frames or 1),
-                lambda offset, length: bytes(body[offset : offset + length]),
-                found,
-            )
-
-        def read(offset: int, length: int) -> bytes:
-            return self.read_object(instance, start + offset, length)
-
-        if instance.pixel_offset is None:
-            return _FrameSource(FrameTable.empty(), read, None)
-        if syntax.encapsulated:
-            with self._database.read() as connection:
-                packed = locate.frame_table(connection, instance)
-            if packed is not None:
-                return _FrameSource(FrameTable.unpack(packed), read, None)
-            if instance.object_length > self._limits.inflated_bytes:
-                # Bound: fragments that nobody could tell apart are not searched again.
-                return _FrameSource(FrameTable.empty(), read, None)
-            body = self._dataset_bytes(instance)
-            found = scan(body, 0, len(body), instance.transfer_syntax_uid, self._limits)
-            table = frame_ranges(found, instance.number_of_frames or 1)
-            return _FrameSource(
-                table,
-                lambda offset, length: bytes(body[offset : offset + length]),
-                found,
-            )
-        length = self._pixel_length(instance)
-        n_frames = instance.number_of_frames or 1
-        table = FrameTable.native(
-            instance.pixel_offset - start,
-            length,
-            frames=n_frames,
-            rows=instance.rows,
-            columns=instance.columns,
-            samples=instance.samples,
-            bits_allocated=instance.bits_allocated,
-            subsampled=self._is_subsampled(instance, length, n_frames),
-        )
-        if instance.transfer_syntax_uid == BIG_ENDIAN and instance.bits_allocated == 8:
-            # Only the element itself says whether bytes are swapped in pairs.
-            body = self._dataset_bytes(instance)
-            found = scan(body, 0, len(body), BIG_ENDIAN, self._limits)
-            return _FrameSource(table, read, found)
-        return _FrameSource(table, read, None)
-
-    def _is_subsampled(
-        self, instance: StoredInstance, length: int, n_frames: int
-    ) -> bool:
-        """Tell whether native colour is YBR_FULL_422: two samples for each pixel."""
-        if instance.samples != 3 or not instance.rows or not instance.columns:
-            return False
-        pixels = instance.rows * instance.columns * n_frames
-        if length >= 3 * pixels * ((instance.bits_allocated or 8) // 8):
-            return False
-        return self._header_scan(instance).text(0x00280004) == "YBR_FULL_422"
-
-    def _pixel_length(self, instance: StoredInstance) -> int:
-        """Return the declared length of native Pixel Data, from its element."""
-        offset = instance.pixel_offset or 0
-        raw = self.read_object(instance, offset - 4, 4)
-        order = ">I" if instance.transfer_syntax_uid == BIG_ENDIAN else "<I"
-        declared = int(struct.unpack(order, raw)[0])
-        return min(declared, instance.object_length - offset)
-
-    def _header_scan(self, instance: StoredInstance) -> Scan:
-        """Scan what lies before Pixel Data."""
-        start = instance.dataset_offset
-        head = self.read_object(instance, start, instance.header_end - start)
-        syntax = syntaxes.get(instance.transfer_syntax_uid)
-        uid = instance.transfer_syntax_uid
-        return scan(
-            head,
-            0,
-            len(head),
-            EXPLICIT_LE if syntax.encapsulated else uid,
-            self._limits,
-        )
 
     def metadata(self, instance: StoredInstance) -> bytes:
         """Return the instance's attributes as one JSON object (PS3.18 Annex F)."""
@@ -533,15 +382,6 @@ class RetrieveService:
         main, _, sub = text.partition("/")
         legal = main.isalnum() and sub.replace("+", "").replace("-", "").isalnum()
         return text if legal else OCTETS
-
-
-@dataclass(frozen=True, slots=True)
-class _FrameSource:
-    """Frame ranges, a reader for them, and the scan when one was needed."""
-
-    table: FrameTable
-    read: Callable[[int, int], bytes]
-    scan: Scan | None
 
 
 def bulkdata_prefix(instance: StoredInstance) -> str:

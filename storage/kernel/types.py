@@ -29,13 +29,63 @@ DEFAULT_TENANT = TenantId("default")
 
 
 class Role(StrEnum):
-    """What an actor may do; the policy maps roles to actions."""
+    """What an actor is; `pacs.services.permissions` says what each role may do.
 
-    ADMIN = "admin"
-    SYSTEM = "system"
+    `OPEN` is whoever reaches an open node, `SYSTEM` the node itself, `MODALITY` a
+    remote AE, `DEVICE` a machine with a token, `TICKET` a session that a launch
+    ticket opened, `PENDING` somebody who has logged in but must change the password
+    or set up a second factor first.
+    """
+
+    ADMINISTRATOR = "administrator"
+    SECURITY_ADMINISTRATOR = "security_administrator"
+    AUDITOR = "auditor"
+    ARCHIVE_MANAGER = "archive_manager"
+    RADIOLOGIST = "radiologist"
+    REVIEWER = "reviewer"
+    CLINICIAN = "clinician"
+    PATIENT = "patient"
+    DEVICE = "device"
+    TICKET = "ticket"
+    PENDING = "pending"
     MODALITY = "modality"
-    ARCHIVE = "archive"
-    ANONYMOUS = "anonymous"
+    SYSTEM = "system"
+    OPEN = "open"
+    ADMIN = "open"
+
+
+class Purpose(StrEnum):
+    """Why patient data are looked at; every access is recorded with one."""
+
+    TREATMENT = "treatment"
+    QUALITY = "quality"
+    OPERATION = "operation"
+    OWN = "own"
+
+
+@dataclass(frozen=True, slots=True)
+class StudyKey:
+    """A study of one tenant."""
+
+    tenant: str
+    study_instance_uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class PatientKey:
+    """A patient of one tenant: (issuer, Patient ID), never the ID alone."""
+
+    tenant: str
+    issuer: str
+    patient_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The only rows an actor may see of its tenants; empty: none."""
+
+    studies: frozenset[StudyKey] = frozenset()
+    patients: frozenset[PatientKey] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +101,21 @@ class Actor:
     readable : frozenset of TenantId
         Tenants whose rows the actor's queries may return.
     roles : frozenset of Role
+    scope : Scope or None
+        Narrows the rows further: a patient's own, or what a ticket names.
+    purpose : Purpose or None
+        Why this actor looks at patient data; None: as its role has it.
+    session : str
+        The login, ticket or token it came with; for audit, useless to log in with.
     """
 
     tenant: TenantId
     name: str
     readable: frozenset[TenantId] = frozenset()
     roles: frozenset[Role] = frozenset()
+    scope: Scope | None = None
+    purpose: Purpose | None = None
+    session: str = ""
 
     @property
     def tenants(self) -> tuple[TenantId, ...]:
