@@ -348,13 +348,13 @@ class Recovery:
                 continue
             if damage.torn:
                 done.cut_bytes += damage.end - damage.start
-                size = damage.start
             else:
                 done.report(Finding("pack.damaged", pack=key, offset=damage.start))
         if pk is None and not infos:
             path.unlink()
             return
-        # Also gives back the blocks that the writer had set aside behind the end.
+        # A torn tail goes, and what the writer had set aside behind the end.
+        size = _end(found, start)
         cut(path, size)
         self._close(key, pk, size, infos)
         log.info(
@@ -470,6 +470,14 @@ class Recovery:
                 continue
             if found < size:
                 self._tell(done, Finding("pack.short", pack=key, offset=found))
+
+
+def _end(found: Sequence[RecordInfo | Damage], start: int) -> int:
+    """Return where the whole records end that were found from `start` on."""
+    if not found:
+        return start
+    last = found[-1]
+    return last.start if isinstance(last, Damage) else last.end
 
 
 class Graves:

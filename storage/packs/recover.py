@@ -105,6 +105,9 @@ def iter_records(
 ) -> Iterator[RecordInfo | Damage]:
     """Yield whole records from `start` on, and the damage between them.
 
+    Zero bytes behind the last record are no damage: the writer had filled them in for
+    records to come.
+
     Parameters
     ----------
     check_objects : bool
@@ -123,7 +126,8 @@ def iter_records(
                 continue
             following = _next_record(fd, key, _known_end(fd, position, size), size)
             if following is None:
-                yield Damage(position, size, torn=True)
+                if not _is_blank(fd, position, size):
+                    yield Damage(position, size, torn=True)
                 return
             yield Damage(position, following, torn=False)
             position = following
@@ -256,6 +260,18 @@ def _next_record(fd: int, key: str, offset: int, size: int) -> int | None:
             found = data.find(RECORD_MAGIC, found + 1)
         offset += CHUNK
     return None
+
+
+def _is_blank(fd: int, start: int, end: int) -> bool:
+    """Tell whether a range holds nothing but zero bytes."""
+    while start < end:
+        data = os.pread(fd, min(CHUNK, end - start), start)
+        if data.count(0) != len(data):
+            return False
+        if not data:
+            break
+        start += len(data)
+    return True
 
 
 def check_pack_file(path: Path) -> None:

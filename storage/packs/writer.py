@@ -49,6 +49,9 @@ PAGE = 4096
 SYNC_FILE_RANGE_WRITE = 2
 #: Blocks of an open pack that are set aside at a time.
 RESERVE_BYTES = 16 * MIB
+#: Zero bytes that small records find before them, so that a sync of theirs writes
+#: data only: a file that grows has its inode written each time, too.
+FILL_BYTES = 256 * KIB
 FALLOC_FL_KEEP_SIZE = 1
 #: Suffix of packs that are being received; recovery removes them.
 PARTIAL = ".partial"
@@ -77,6 +80,7 @@ class _Open:
     fd: int
     size: int
     reserved: int = 0
+    filled: int = 0
     fresh: bool = True
     unsynced: bool = False
 
@@ -292,6 +296,11 @@ class PackWriter:
         if position > pack.reserved:
             self._reserve(pack, position)
         _write_all(pack.fd, buffers, pack.size)
+        if position > pack.filled:
+            pack.filled = position
+            small = position - pack.size < SPLIT_BYTES
+            if small and self._policy is SyncPolicy.INSTANCE:
+                self._fill(pack)
         if later:
             # The disk works while the digests are finished. Until its trailer is
             # there, a record is a torn tail.
@@ -315,12 +324,22 @@ class PackWriter:
                 pack.fd, FALLOC_FL_KEEP_SIZE, pack.size, pack.reserved - pack.size
             )
 
+    def _fill(self, pack: _Open) -> None:
+        """Write zero bytes where the next small records will lie.
+
+        Nothing is lost without them, so that a disk that is full is no error here.
+        """
+        ahead = min(FILL_BYTES, max(0, self._roll_bytes - pack.filled))
+        with suppress(OSError, ImagingError):
+            self._guard.require(ahead)
+            _write_all(pack.fd, [bytes(ahead)], pack.filled)
+            pack.filled += ahead
+
     @staticmethod
     def _free_reserved(pack: _Open) -> None:
-        """Give back blocks behind the end of a pack that no longer grows."""
-        if pack.reserved > pack.size:
-            with suppress(OSError):
-                os.ftruncate(pack.fd, pack.size)
+        """Give back what lies behind the end of a pack that no longer grows."""
+        with suppress(OSError):
+            os.ftruncate(pack.fd, pack.size)
 
     def _sync(self, pack: _Open) -> None:
         os.fdatasync(pack.fd)
@@ -336,7 +355,7 @@ class PackWriter:
             os.ftruncate(pack.fd, size)
         except OSError:
             keep = False
-        pack.size = pack.reserved = size
+        pack.size = pack.reserved = pack.filled = size
         if not keep:
             self._open.pop(tenant, None)
             os.close(pack.fd)
@@ -344,13 +363,13 @@ class PackWriter:
     def _close(self, tenant: str) -> None:
         """Close a pack; when it cannot be synced, the next `sync` says so."""
         pack = self._open.pop(tenant)
+        self._free_reserved(pack)
         try:
             if pack.unsynced or pack.fresh:
                 self._sync(pack)
         except OSError as error:
             self._failure = _translated(error)
         finally:
-            self._free_reserved(pack)
             os.close(pack.fd)
         if self._on_closed is not None:
             self._on_closed(pack.key, pack.size)
@@ -392,10 +411,13 @@ class LargeRecord:
         if self._fd is None:
             raise DependencyDown("the record is closed")
         self._guard.require(len(data))
+        start = self.object_offset + self.object_length
         try:
-            _write_all(self._fd, [data], self.object_offset + self.object_length)
+            _write_all(self._fd, [data], start)
         except OSError as error:
             raise _translated(error) from error
+        # The disk works while the rest is received, so that `finish` waits less.
+        _begin_writing(self._fd, start, start + len(data))
         self._crc = crc32c(data, self._crc)
         self.object_length += len(data)
 

@@ -18,7 +18,13 @@ from storage.kernel.errors import DependencyDown, StorageFull
 from storage.kernel.settings import SyncPolicy
 from storage.packs.format import Kind, Record, RecordHeader, RecordInfo
 from storage.packs.recover import claimed, is_alive, iter_records, remove_partial
-from storage.packs.writer import PARTIAL, SPLIT_BYTES, PackWriter, pack_path
+from storage.packs.writer import (
+    FILL_BYTES,
+    PARTIAL,
+    SPLIT_BYTES,
+    PackWriter,
+    pack_path,
+)
 
 
 def a_record(number: int = 1, size: int = 100, tenant: str = "default") -> Record:
@@ -74,7 +80,8 @@ def test_a_new_pack_is_synced_with_its_folders(
 
     packs.append([a_record()])
 
-    assert calls == ["pwritev", "pwritev", "fdatasync", "fsync", "fsync"]
+    # The header, the record, zero bytes for those to come.
+    assert calls == ["pwritev"] * 3 + ["fdatasync", "fsync", "fsync"]
 
 
 @pytest.mark.parametrize("policy", [SyncPolicy.ASSOCIATION, SyncPolicy.NONE])
@@ -322,10 +329,11 @@ def test_d03_a_full_disk_is_refused_and_taken_up_again(small_disk: Path) -> None
     give_back = fill(small_disk, 64 * 1024)
 
     with pytest.raises(StorageFull):
-        packs.append([a_record(2, 50_000), a_record(3, 100_000)])
+        packs.append([a_record(2, 50_000), a_record(3, FILL_BYTES + 100_000)])
     large = packs.open_large(a_record(4).header)
     with pytest.raises(StorageFull):
-        large.write(bytes(200_000))
+        # Also what the failed append gave back does not suffice.
+        large.write(bytes(FILL_BYTES + 200_000))
     large.abort()
     assert uids(packs.folder) == ["1.2.1"]
 
@@ -335,6 +343,40 @@ def test_d03_a_full_disk_is_refused_and_taken_up_again(small_disk: Path) -> None
     packs.close()
 
 
+def test_d03_small_records_are_taken_without_room_to_fill(small_disk: Path) -> None:
+    packs = opened(small_disk / "packs")
+    packs.append([a_record(1, FILL_BYTES)])
+    fill(small_disk, 64 * 1024)
+
+    packs.append([a_record(2, 1000)])
+    assert uids(packs.folder) == ["1.2.1", "1.2.2"]
+    packs.close()
+
+
+def test_small_records_lie_in_zero_bytes_written_before(tmp_path: Path) -> None:
+    packs = opened(tmp_path / "packs")
+    [first] = packs.append([a_record(1, 1000)])
+    path = pack_path(packs.folder, first.pack_key)
+    filled = path.stat().st_size
+
+    number = 1
+    while path.stat().st_size == filled:
+        number += 1
+        [last] = packs.append([a_record(number, 1000)])
+    assert number > FILL_BYTES // 1500
+    assert all(isinstance(one, RecordInfo) for one in iter_records(path))
+    # Large ones take over what is filled, and need nothing filled behind them.
+    packs.append([a_record(number + 1, 2 * FILL_BYTES)])
+    assert path.stat().st_size < last.record_offset + 3 * FILL_BYTES
+
+    packs.append([a_record(number + 2, 10)])
+    packs.close()
+    records = list(iter_records(path))
+    assert isinstance(records[-1], RecordInfo)
+    assert path.stat().st_size == records[-1].end
+    assert uids(packs.folder) == [f"1.2.{n}" for n in range(1, number + 3)]
+
+
 def test_d03_the_guard_refuses_before_the_disk_is_full(small_disk: Path) -> None:
     packs = opened(small_disk / "packs", min_free_bytes=1 << 20)
     packs.append([a_record(1, 1000)])
@@ -342,7 +384,7 @@ def test_d03_the_guard_refuses_before_the_disk_is_full(small_disk: Path) -> None
 
     packs.append([a_record(2, 50_000)])
     with pytest.raises(StorageFull):
-        packs.append([a_record(3, 90_000)])
+        packs.append([a_record(3, 110_000)])
     give_back()
 
     packs.append([a_record(4, 90_000)])
@@ -395,7 +437,9 @@ def test_without_its_trailer_a_record_is_a_torn_tail(tmp_path: Path) -> None:
 def test_a_digest_that_fails_takes_the_whole_group_back(tmp_path: Path) -> None:
     packs = opened(tmp_path / "packs")
     packs.append([a_record()])
-    size = next(tmp_path.rglob("*.pack")).stat().st_size
+    path = next(tmp_path.rglob("*.pack"))
+    [first] = iter_records(path)
+    assert isinstance(first, RecordInfo)
 
     def fail() -> None:
         raise DependencyDown("hash")
@@ -404,7 +448,7 @@ def test_a_digest_that_fails_takes_the_whole_group_back(tmp_path: Path) -> None:
     with pytest.raises(DependencyDown):
         packs.append([a_record(2), large])
 
-    assert next(tmp_path.rglob("*.pack")).stat().st_size == size
+    assert path.stat().st_size == first.end
     packs.append([a_record(4)])
     assert uids(tmp_path / "packs") == ["1.2.1", "1.2.4"]
 
@@ -413,8 +457,9 @@ def test_blocks_set_aside_are_given_back_when_a_pack_is_closed(tmp_path: Path) -
     packs = opened(tmp_path / "packs")
     packs.append([a_record()])
     path = next(tmp_path.rglob("*.pack"))
-    assert path.stat().st_size < 4096
+    assert path.stat().st_blocks * 512 > FILL_BYTES
 
     packs.close()
 
+    assert path.stat().st_size < 4096
     assert path.stat().st_blocks * 512 <= 4096
