@@ -23,20 +23,23 @@ class RunningDigest:
         self._hasher = hasher
         self._hash = hashlib.sha256()
         self._pending = 0
-        self._done = threading.Condition(threading.Lock())
+        #: Made for the first fragment that is handed over: most objects are small.
+        self._done: threading.Condition | None = None
 
     def update(self, data: memoryview) -> None:
         """Hash `data`, which must stay as it is until `settle` or `digest` returns."""
         if self._hasher is None or (len(data) < SMALL and not self._pending):
             self._hash.update(data)
             return
+        if self._done is None:
+            self._done = threading.Condition(threading.Lock())
         with self._done:
             self._pending += 1
-        self._hasher.put(self, data)
+        self._hasher.put(self, data, self._done)
 
     def settle(self) -> None:
         """Wait until everything given has been hashed."""
-        if self._pending:
+        if self._pending and self._done is not None:
             with self._done:
                 while self._pending:
                     self._done.wait()
@@ -46,34 +49,38 @@ class RunningDigest:
         self.settle()
         return self._hash.digest()
 
-    def work(self, data: memoryview) -> None:
+    def work(self, data: memoryview, done: threading.Condition) -> None:
         """Hash a piece; called by the thread."""
         self._hash.update(data)
-        with self._done:
+        with done:
             self._pending -= 1
             if not self._pending:
-                self._done.notify_all()
+                done.notify_all()
 
 
 class Hasher:
     """The hashing thread of one association; it starts when it is first needed."""
 
     def __init__(self) -> None:
-        self._work: SimpleQueue[tuple[RunningDigest, memoryview] | None] = SimpleQueue()
+        self._work: SimpleQueue[
+            tuple[RunningDigest, memoryview, threading.Condition] | None
+        ] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def begin(self, *, beside: bool) -> RunningDigest:
         """Return a digest of nothing yet; `beside`: the thread computes it."""
         return RunningDigest(self if beside else None)
 
-    def put(self, digest: RunningDigest, data: memoryview) -> None:
+    def put(
+        self, digest: RunningDigest, data: memoryview, done: threading.Condition
+    ) -> None:
         """Have the thread hash `data`."""
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run, name="digest", daemon=True
             )
             self._thread.start()
-        self._work.put((digest, data))
+        self._work.put((digest, data, done))
 
     def close(self) -> None:
         """End the thread."""
@@ -84,7 +91,7 @@ class Hasher:
 
     def _run(self) -> None:
         while (job := self._work.get()) is not None:
-            digest, data = job
-            digest.work(data)
+            digest, data, done = job
+            digest.work(data, done)
             # Nothing is held while the thread waits for the next data set.
-            del job, digest, data
+            del job, digest, data, done

@@ -41,12 +41,25 @@ def person_name(text: str) -> list[dict[str, str]]:
     return values
 
 
+def _is_plain(text: str) -> bool:
+    """Tell whether text is one value, of which JSON would escape nothing."""
+    return (
+        text.isascii() and text.isprintable() and '"' not in text and "\\" not in text
+    )
+
+
+def _name(tag: int, text: str) -> str:
+    """Render a PN; most have an alphabetic group only."""
+    if text and "=" not in text and _is_plain(text) and text.strip(" ") == text:
+        return f'"{tag:08X}":{{"vr":"PN","Value":[{{"Alphabetic":"{text}"}}]}}'
+    return member(tag, "PN", person_name(text))
+
+
 def _text(tag: int, vr: str, text: str) -> str:
     """Render text; a backslash separates values (PS3.18 F.2.4, F.2.5)."""
     if not text:
         return f'"{tag:08X}":{{"vr":"{vr}"}}'
-    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
-        # Nothing that JSON would escape, and one value.
+    if _is_plain(text):
         return f'"{tag:08X}":{{"vr":"{vr}","Value":["{text}"]}}'
     return member(tag, vr, [part or None for part in text.split("\\")] if text else [])
 
@@ -82,11 +95,11 @@ def study_fragment(
         _text(0x00080020, "DA", study_date),
         _text(0x00080030, "TM", study_time),
         _text(0x00080050, "SH", accession_number),
-        member(0x00080056, "CS", ["ONLINE"]),
-        member(0x00080090, "PN", person_name(referring_physician_name)),
+        f'"00080056":{ONLINE}',
+        _name(0x00080090, referring_physician_name),
         *_optional([(timezone_offset, _text(0x00080201, "SH", timezone_offset))]),
         *_optional([(study_description, _text(0x00081030, "LO", study_description))]),
-        member(0x00100010, "PN", person_name(patient_name)),
+        _name(0x00100010, patient_name),
         _text(0x00100020, "LO", patient_id),
         *_optional([(issuer, _text(0x00100021, "LO", issuer))]),
         _text(0x00100030, "DA", birth_date),

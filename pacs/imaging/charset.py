@@ -99,9 +99,16 @@ class Charset:
         return _decode_iso2022(raw, self.terms, is_name=vr == "PN")
 
 
-@lru_cache(maxsize=256)
+#: Specific Character Set values up to this length are remembered.
+_REMEMBERED_BYTES = 256
+
+
 def decoder(raw: bytes) -> Charset:
     """Return how to decode a data set with this Specific Character Set value."""
+    return _decoder(raw) if len(raw) <= _REMEMBERED_BYTES else _made_decoder(raw)
+
+
+def _made_decoder(raw: bytes) -> Charset:
     declared = [
         term.strip(" \0") for term in raw.decode("ascii", "replace").split("\\")
     ]
@@ -118,6 +125,9 @@ def decoder(raw: bytes) -> Charset:
     if codec is None:
         return Charset(terms, "ascii", "unknown character set")
     return Charset(terms, codec, warning)
+
+
+_decoder = lru_cache(maxsize=256)(_made_decoder)
 
 
 def _decode_iso2022(raw: bytes, terms: tuple[str, ...], *, is_name: bool) -> str:
@@ -239,6 +249,8 @@ def pinyin_keys(name: str) -> str:
     >>> pinyin_keys("马秀英")
     'maxiuying xiuying ma xiu ying mxy'
     """
+    if name.isascii():
+        return ""
     keys: dict[str, None] = {}
     for group in name.split("="):
         hanzi = "".join(char for char in group if _is_hanzi(char))

@@ -7,6 +7,7 @@ names the attribute (PS3.4 B.2.3, PS3.5 6.2).
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -25,18 +26,11 @@ _TIME = re.compile(rb"([01]\d|2[0-3])(:?[0-5]\d(:?([0-5]\d|60)(\.\d{1,6})?)?)?[ 
 _DECIMAL = re.compile(rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})? *\Z")
 _INTEGER = re.compile(rb" *[+-]?\d{1,10} *\0?\Z")
 
-#: (tags, form of one value, what is said of others).
-_FORMS = (
-    (
-        (0x00080020, 0x00080022, 0x00080023, 0x00100030, 0x00400244),
-        _DATE,
-        "not a date",
-    ),
-    ((0x00080030, 0x00080033, 0x00400245), _TIME, "not a time"),
-    ((0x00200011, 0x00200013), _INTEGER, "not an integer string"),
-)
 #: Decimal strings that place and scale pixels (PS3.3 C.7.6.2, C.11.1).
 _DECIMALS = (0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053)
+#: The values of a series repeat, so that what was found of one is remembered; of
+#: longer ones nothing is, which would be a sender's way to our memory.
+_REMEMBERED_BYTES = 256
 #: PS3.5 6.2 allows 16 bytes; many write a double in full, which harms nobody.
 _DECIMAL_BYTES = 32
 
@@ -49,20 +43,48 @@ def implausible(found: Scan) -> list[tuple[int, str]]:
         raw = values.get(tag)
         if raw and len(raw) != 2:
             warnings.append((tag, "not a 16-bit number"))
-    for tags, form, reason in _FORMS:
-        for tag in tags:
-            raw = values.get(tag)
-            if not raw or not raw.strip(b" \0"):
-                continue
-            if not form.match(raw) or (form is _DATE and not is_calendar_day(raw)):
-                warnings.append((tag, reason))
+    for tag, is_right, reason in _FORMS:
+        raw = values.get(tag)
+        if not raw or (len(raw) <= _REMEMBERED_BYTES and is_right(raw)):
+            continue
+        if raw.strip(b" \0"):
+            warnings.append((tag, reason))
     for tag in _DECIMALS:
         raw = values.get(tag)
-        if raw and not _are_decimals(raw):
+        if not raw:
+            continue
+        known = _are_decimals if len(raw) <= _REMEMBERED_BYTES else are_decimals
+        if not known(raw):
             warnings.append((tag, "not decimal strings"))
     if found.pixel is not None:
         _check_pixels(found, found.pixel, warnings)
     return warnings
+
+
+@lru_cache(maxsize=1024)
+def _is_date(raw: bytes) -> bool:
+    return is_calendar_day(raw)
+
+
+@lru_cache(maxsize=1024)
+def _is_time(raw: bytes) -> bool:
+    return _TIME.match(raw) is not None
+
+
+@lru_cache(maxsize=1024)
+def _is_integer(raw: bytes) -> bool:
+    return _INTEGER.match(raw) is not None
+
+
+#: (tag, whether a value has its form, what is said of others).
+_FORMS = (
+    *(
+        (tag, _is_date, "not a date")
+        for tag in (0x00080020, 0x00080022, 0x00080023, 0x00100030, 0x00400244)
+    ),
+    *((tag, _is_time, "not a time") for tag in (0x00080030, 0x00080033, 0x00400245)),
+    *((tag, _is_integer, "not an integer string") for tag in (0x00200011, 0x00200013)),
+)
 
 
 def is_calendar_day(raw: bytes) -> bool:
@@ -79,13 +101,17 @@ def is_calendar_day(raw: bytes) -> bool:
     return day <= 30 or month in {1, 3, 5, 7, 8, 10, 12}
 
 
-def _are_decimals(raw: bytes) -> bool:
+def are_decimals(raw: bytes) -> bool:
+    """Tell whether a DS value holds decimal strings, or nothing."""
     values = raw.rstrip(b" \0").split(b"\\")
     if not values[-1] and len(values) == 1:
         return True
     return all(
         len(value) <= _DECIMAL_BYTES and _DECIMAL.match(value) for value in values
     )
+
+
+_are_decimals = lru_cache(maxsize=1024)(are_decimals)
 
 
 def _check_pixels(

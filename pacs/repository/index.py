@@ -115,11 +115,14 @@ class IndexWriter:
         self._is_sqlite = is_sqlite
         self._series: dict[ParentKey, _Known] = {}
         self._packs: dict[str, int] = {}
+        #: Studies that `check_parents` has not found for the rows at hand.
+        self._absent: set[tuple[str, str]] = set()
 
     def forget(self) -> None:
         """Drop what is remembered about parents and packs."""
         self._series.clear()
         self._packs.clear()
+        self._absent.clear()
 
     def held(
         self, connection: Connection, keys: Sequence[tuple[str, str]]
@@ -159,7 +162,9 @@ class IndexWriter:
             under another study.
         """
         if row.key not in self._series:
-            self._find_parents(self._runner(connection), row.key)
+            found = self._find_parents(self._runner(connection), row.key)
+            if found is None:
+                self._absent.add((row.key.tenant, row.key.study_instance_uid))
 
     def add(
         self, connection: Connection, rows: Sequence[InstanceRow], *, settle_due_us: int
@@ -176,6 +181,8 @@ class IndexWriter:
             self._add(connection, rows, settle_due_us)
         except (sqlite3.IntegrityError, psycopg.IntegrityError) as error:
             raise StaleIndex from error
+        finally:
+            self._absent.clear()
 
     def _runner(
         self, connection: Connection
@@ -436,7 +443,13 @@ class IndexWriter:
         made = _NOTHING_MADE
         if known is not None:
             return known, made
-        found = self._find_parents(run, row.key)
+        study = (row.key.tenant, row.key.study_instance_uid)
+        if study in self._absent:
+            # Not there a moment ago; whoever was faster is found by the insert.
+            self._absent.discard(study)
+            found = None
+        else:
+            found = self._find_parents(run, row.key)
         if isinstance(found, _Known):
             known = found
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from pacs.domain.fragments import series_fragment, study_fragment
@@ -237,6 +237,7 @@ def _frames(found: Scan, values: Mapping[int, Any]) -> tuple[int | None, bytes |
     return count, table.pack()
 
 
+@lru_cache(maxsize=1024)
 def _date(text: str) -> str | None:
     """Return a DA value that is a day, else None (PS3.5 6.2)."""
     text = text.strip().replace(".", "") if len(text.strip()) == 10 else text.strip()
@@ -249,6 +250,7 @@ def _date(text: str) -> str | None:
     return text
 
 
+@lru_cache(maxsize=1024)
 def _time(text: str) -> str | None:
     """Return a TM value that is a time, else None (PS3.5 6.2)."""
     text = text.strip().replace(":", "")

@@ -13,7 +13,6 @@ IMPLEMENTATION_VERSION_NAME = "HUYING_0_1"
 _UID = re.compile(r"(?:0|[1-9][0-9]*)(?:\.(?:0|[1-9][0-9]*))*\Z")
 
 
-@lru_cache(maxsize=4096)
 def is_uid(value: str) -> bool:
     """Tell whether `value` is a legal UID (PS3.5 9.1): 1 to 64 characters,
     dotted decimal components without leading zeros.
@@ -23,7 +22,13 @@ def is_uid(value: str) -> bool:
     >>> is_uid("1.2.840.10008.1.1"), is_uid("1.02"), is_uid("../etc"), is_uid("")
     (True, False, False, False)
     """
-    return len(value) <= 64 and _UID.match(value) is not None
+    # Order matters: nothing long is ever remembered.
+    return len(value) <= 64 and _is_uid(value)
+
+
+@lru_cache(maxsize=4096)
+def _is_uid(value: str) -> bool:
+    return _UID.match(value) is not None
 
 
 def new_uid() -> str:
