@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
 
 from storage.audit import chain
 from storage.audit.chain import GENESIS, Head, Sealer
@@ -55,18 +56,20 @@ def append(
     entries: Sequence[Entry],
     sealer: Sealer,
     now_us: int,
-) -> Head:
-    """Write `entries` in this order and return the new head.
+) -> tuple[Head, Head]:
+    """Write `entries` in this order; return the head before and the new one.
 
     Raises
     ------
     CorruptData
-        The head is missing or was changed by somebody without the key. Nothing is
-        written: going on would hide it.
+        The head is missing, was changed by somebody without the key, or is not that
+        of the last record. Nothing is written: going on would hide it.
     """
     row = _locked(connection, stream, sealer, now_us)
     head = head_of(row)
-    if row.key_id == sealer.key_id and not chain.same(sealer.head(head), row.mac):
+    if row.key_id == sealer.key_id and not chain.same(
+        sealer.head(head), as_bytes(row.mac)
+    ):
         raise CorruptData(
             "audit: the head of the chain was changed: run `huying audit verify`"
         )
@@ -77,11 +80,16 @@ def append(
         previous = chain.link(sealer.algorithm, previous, content)
         made["hash"] = previous
         made["key_id"] = sealer.key_id
-        made["mac"] = sealer.record(previous)
+        made["mac"] = sealer.record(sequence, previous)
         rows.append(made)
     if not rows:
-        return head
-    connection.execute(_INSERT, rows)
+        return head, head
+    try:
+        connection.execute(_INSERT, rows)
+    except IntegrityError as error:
+        raise CorruptData(
+            "audit: the chain goes on after its head: run `huying audit verify`"
+        ) from error
     new = replace(
         head, sequence=head.sequence + len(rows), hash=previous, time_us=now_us
     )
@@ -93,19 +101,31 @@ def append(
         .where(AuditStream.stream == stream)
         .values(**_signed(new, sealer), anchor_us=now_us if anchored else row.anchor_us)
     )
-    return new
+    return head, new
 
 
 def head_of(row: Any) -> Head:
-    """Return the head that a row of `AuditStream` describes."""
+    """Return the head that a row of `AuditStream` describes.
+
+    SQLite may hold values of other types than the columns': they become values that
+    no signature fits.
+    """
     return Head(
         stream=row.stream,
-        base_sequence=row.base_sequence,
-        base_hash=bytes(row.base_hash),
-        sequence=row.sequence,
-        hash=bytes(row.hash),
-        time_us=row.time_us,
+        base_sequence=as_number(row.base_sequence),
+        base_hash=as_bytes(row.base_hash),
+        sequence=as_number(row.sequence),
+        hash=as_bytes(row.hash),
+        time_us=as_number(row.time_us),
     )
+
+
+def as_bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else b""
+
+
+def as_number(value: Any) -> int:
+    return value if isinstance(value, int) else -1
 
 
 def _anchor_due(old: Head, new: Head, anchor_us: int) -> bool:

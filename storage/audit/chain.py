@@ -96,9 +96,9 @@ class Sealer:
     def _mac(self, message: bytes) -> bytes:
         return hmac.digest(self._key, message, ALGORITHMS[self.algorithm])
 
-    def record(self, record_hash: bytes) -> bytes:
-        """Sign one record, by its hash."""
-        return self._mac(b"huying audit record\0" + record_hash)
+    def record(self, sequence: int, record_hash: bytes) -> bytes:
+        """Sign one record, by its place and its hash."""
+        return self._mac(b"huying audit record\0%d\0%b" % (sequence, record_hash))
 
     def head(self, head: Head) -> bytes:
         """Sign where a chain stands."""

@@ -97,8 +97,8 @@ class AuditTrail:
         self._lock = threading.Lock()
         self._folds: dict[tuple[object, ...], _Fold] = {}
         self._waiting = 0
-        #: Since when reads wait that could not be written.
-        self._stuck_since: float | None = None
+        #: Since when the writer has tried to write what it could not yet.
+        self._behind_since: float | None = None
         self._wake = threading.Event()
         self._writer: threading.Thread | None = None
         self._closed = False
@@ -124,7 +124,7 @@ class AuditTrail:
         detail = self._detail(event)
         key = _key(event, detail)
         with self._lock:
-            self._refuse_if_stuck(now)
+            self._refuse_if_behind(now)
             fold = self._folds.get(key)
             if fold is not None and fold.count:
                 fold.count += 1
@@ -211,13 +211,15 @@ class AuditTrail:
             event = replace(event, time_us=self._clock.now_us())
         return Entry(event, self._detail(event), event.time_us)
 
-    def _refuse_if_stuck(self, now: float) -> None:
+    def _refuse_if_behind(self, now: float) -> None:
+        if self._closed:
+            raise DependencyDown("audit: this process is stopping")
         allowed = self._limits.audit_pending_seconds
-        if self._stuck_since is not None and now - self._stuck_since > allowed:
+        if self._behind_since is not None and now - self._behind_since > allowed:
             raise DependencyDown("audit: accesses have waited too long to be written")
 
     def _start(self) -> None:
-        if self._writer is None and not self._closed:
+        if self._writer is None:
             self._writer = threading.Thread(target=self._run, name="audit", daemon=True)
             self._writer.start()
 
@@ -231,8 +233,10 @@ class AuditTrail:
                 log.warning(
                     "audit not written: %s", error, extra={"event": "audit.failed"}
                 )
+                self._wake.wait(self._flush_seconds)
             except Exception:
                 log.exception("audit not written", extra={"event": "audit.failed"})
+                self._wake.wait(self._flush_seconds)
 
     def _write_due(self, now: float) -> None:
         """Write the folds whose time has come by `now`."""
@@ -243,13 +247,16 @@ class AuditTrail:
                 self._give_back(entries)
                 raise
             with self._lock:
-                self._stuck_since = None
+                self._behind_since = None
 
     def _take(self, now: float) -> list[tuple[tuple[object, ...], Entry]]:
         """Return a batch of due folds, counted down to 0; forget the idle ones."""
         taken: list[tuple[tuple[object, ...], Entry]] = []
+        started = time.monotonic()
         with self._lock:
             eager = self._waiting >= EAGER
+            # Bound: keys that are only kept to fold what may come.
+            crowded = len(self._folds) > self._limits.audit_pending
             for key, fold in list(self._folds.items()):
                 if fold.due > now and not (eager and fold.count):
                     continue
@@ -262,16 +269,18 @@ class AuditTrail:
                     (key, Entry(fold.event, fold.detail, fold.last_us, fold.count))
                 )
                 fold.count = 0
-                fold.due = time.monotonic() + self._fold_seconds
+                fold.due = started + self._fold_seconds
+                if crowded:
+                    del self._folds[key]
             self._waiting -= len(taken)
+            if taken and self._behind_since is None:
+                self._behind_since = started
         return taken
 
     def _give_back(self, entries: Sequence[tuple[tuple[object, ...], Entry]]) -> None:
         """Let entries that were not written wait on."""
         with self._lock:
             now = time.monotonic()
-            if self._stuck_since is None:
-                self._stuck_since = now
             for key, entry in entries:
                 fold = self._folds.get(key)
                 if fold is None or not fold.count:
@@ -292,16 +301,33 @@ class AuditTrail:
 
     def _commit(self, entries: Sequence[Entry]) -> None:
         """Write in one transaction, synced; then remember how far the chain is."""
+        now_us = self._clock.now_us()
         with self._database.write() as connection:
-            head = append(
-                connection, self._stream, entries, self._sealer, self._clock.now_us()
+            before, head = append(
+                connection, self._stream, entries, self._sealer, now_us
             )
-        self._remember(head)
+        self._remember(before, head)
 
-    def _remember(self, head: Head) -> None:
-        agrees = self._memory.advance(
-            Seen(head.sequence, head.hash, head.time_us), self._hash_of
-        )
+    def _remember(self, before: Head, head: Head) -> None:
+        """Note the new head outside the database.
+
+        The records are durable already: what goes wrong here is logged, and is not a
+        failure of the access.
+        """
+
+        def hash_of(sequence: int) -> bytes | None:
+            if sequence == before.sequence:
+                return before.hash
+            return self._hash_of(sequence)
+
+        try:
+            seen = Seen(head.sequence, head.hash, head.time_us)
+            agrees = self._memory.advance(seen, hash_of)
+        except ImagingError as error:
+            log.error(  # noqa: TRY400
+                "audit memory: %s", error, extra={"event": "audit.memory_failed"}
+            )
+            return
         if not agrees:
             log.error(
                 "audit: records that were written are gone or replaced:"

@@ -2,39 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-import pytest
-from sqlalchemy import select
-
 from storage.audit import AuditEvent, AuditTrail, Outcome
-from storage.db import migrate
 from storage.db.engine import Database
-from storage.db.tables import AuditRecord
-from storage.kernel.clock import SystemClock
-
-
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    migrate.upgrade(database_url)
-    database = Database(database_url)
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def trail(database: Database, tmp_path: Path) -> Iterator[AuditTrail]:
-    trail = AuditTrail(database, SystemClock(), tmp_path / "audit")
-    yield trail
-    trail.close()
-
-
-def records(database: Database) -> list[Any]:
-    with database.read() as connection:
-        query = select(AuditRecord).order_by(AuditRecord.sequence)
-        return list(connection.execute(query))
+from tests.support.auditing import records
 
 
 def a_read(instance: str = "1.2.3.1", actor: str = "li") -> AuditEvent:

@@ -1,0 +1,479 @@
+"""Whether the chain is the one that was written, and if not, from where on.
+
+What is detected of somebody who can change the database but has not the key:
+
+===============================  ==================================================
+a field of a record changed      ``altered``: the contents do not give the signed
+                                 hash
+records deleted                  ``missing``
+records swapped or renumbered    ``misplaced``: neither hash nor signature fit
+a record added                   ``misplaced``; after the end: ``extra``
+all after a change hashed again  ``forged``: the hashes follow each other, but their
+                                 signatures cannot be made
+the last records deleted         ``truncated``: the signed head says how many were
+... an older signed head, or     ``rolled_back``: this host remembers a later record
+the whole database, put back     in a file outside the database
+head or anchors changed          ``head``, ``anchor``
+===============================  ==================================================
+
+Not detected: what somebody with the key does, unless a hash was noted elsewhere; what
+was committed in the moment of a crash, and deleted before this host wrote again; an
+older state of the database *and* of the data folder, put back together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Connection, Select, func, select
+from sqlalchemy.exc import OperationalError
+
+from storage.audit import chain
+from storage.audit.append import as_bytes, as_number, head_of
+from storage.audit.chain import ALGORITHMS, CONTENT, Head, Sealer
+from storage.audit.keys import Memory
+from storage.db.engine import Database
+from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
+from storage.kernel.errors import InvalidParameter
+
+#: Records of one read transaction.
+CHUNK = 5000
+#: Findings that are listed; all are counted.
+LISTED = 100
+#: Before every sequence number.
+_BEGINNING = -(2**63)
+
+_RECORD = select(
+    *(getattr(AuditRecord, name) for name in CONTENT),
+    AuditRecord.hash,
+    AuditRecord.key_id,
+    AuditRecord.mac,
+)
+_ALG = CONTENT.index("alg")
+_FORMAT = CONTENT.index("format")
+_SEQUENCE = CONTENT.index("sequence")
+_N = len(CONTENT)
+
+
+class Damage(StrEnum):
+    """What is wrong with a chain."""
+
+    ALTERED = "altered"
+    MISSING = "missing"
+    MISPLACED = "misplaced"
+    FORGED = "forged"
+    EXTRA = "extra"
+    TRUNCATED = "truncated"
+    ROLLED_BACK = "rolled_back"
+    HEAD = "head"
+    ANCHOR = "anchor"
+    MEMORY = "memory"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One damage.
+
+    Attributes
+    ----------
+    sequence : int
+        The first record it concerns.
+    """
+
+    sequence: int
+    damage: Damage
+    detail: str
+
+    def __str__(self) -> str:
+        return f"record {self.sequence}: {self.damage}: {self.detail}"
+
+
+@dataclass(slots=True)
+class Verification:
+    """What one verification of a chain found.
+
+    Attributes
+    ----------
+    records : int
+        Records looked at.
+    sequence, hash : int, bytes
+        The last of them; to be noted elsewhere.
+    first : Finding or None
+        The one that concerns the earliest record.
+    findings : list of Finding
+        The first `LISTED` that were met.
+    n_findings : int
+    unchecked : int
+        Signed records whose contents cannot be checked, because the record before
+        is missing or damaged.
+    """
+
+    stream: str
+    records: int = 0
+    sequence: int = 0
+    hash: bytes = chain.GENESIS
+    first: Finding | None = None
+    findings: list[Finding] = field(default_factory=list)
+    n_findings: int = 0
+    unchecked: int = 0
+
+    @property
+    def is_clean(self) -> bool:
+        return not self.n_findings
+
+    def add(self, sequence: int, damage: Damage, detail: str) -> None:
+        """Note one damage."""
+        finding = Finding(sequence, damage, detail)
+        self.n_findings += 1
+        if len(self.findings) < LISTED:
+            self.findings.append(finding)
+        if self.first is None or sequence < self.first.sequence:
+            self.first = finding
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A hash that is known from elsewhere, and what it means if another is found."""
+
+    hash: bytes
+    damage: Damage
+    detail: str
+
+
+class ChainVerifier:
+    """Check chains record by record, in bounded memory, beside running writers.
+
+    Parameters
+    ----------
+    keys : sequence of Sealer
+        All keys that may have signed.
+    """
+
+    def __init__(self, database: Database, keys: Sequence[Sealer]) -> None:
+        self._database = database
+        self._keys = {sealer.key_id: sealer for sealer in keys}
+
+    def streams(self) -> list[str]:
+        """Return the names of all chains that have a head, records or anchors."""
+        with self._database.read() as connection:
+            names: set[str] = set()
+            for table in (AuditStream, AuditRecord, AuditAnchor):
+                names.update(connection.scalars(select(table.stream).distinct()))
+        return sorted(names)
+
+    def verify(
+        self,
+        stream: str,
+        *,
+        memory: Memory | None = None,
+        noted: Mapping[int, bytes] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Verification:
+        """Check one chain, up to the record that is its last when it is reached.
+
+        Parameters
+        ----------
+        memory : Memory, optional
+            What this host remembers outside the database.
+        noted : mapping of int to bytes, optional
+            Hashes that were noted elsewhere, by sequence number.
+        progress : callable, optional
+            Is told records done, and records in all.
+        """
+        run = _Run(Verification(stream), self._keys)
+        # Before any record is read: what is remembered by now is committed.
+        run.know(memory, noted or {})
+        after: Any = _BEGINNING
+        while True:
+            with self._snapshot() as connection:
+                # Order matters: the base is that of the chain that is read.
+                head = _head(connection, stream)
+                run.begin(head)
+                after, rows = self._next(connection, stream, after, run)
+                if not rows:
+                    run.end(connection, head)
+                    return run.done
+                run.anchors(connection, rows)
+            for row in rows:
+                run.record(row)
+            if progress is not None:
+                total = as_number(head.sequence) if head is not None else 0
+                progress(run.done.records, max(total, run.done.records))
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[Connection]:
+        with self._database.read() as connection:
+            if not self._database.is_sqlite:
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            yield connection
+
+    def _next(
+        self, connection: Connection, stream: str, after: Any, run: _Run
+    ) -> tuple[Any, Sequence[Any]]:
+        """Return the next records that can be read, and the place after them."""
+        for size in (CHUNK, 1):
+            try:
+                rows = connection.execute(_records(stream, after, size)).all()
+            except OperationalError:
+                continue
+            return (rows[-1][_SEQUENCE] if rows else after), rows
+        # SQLite lets text be stored that is none.
+        sequence = connection.execute(_sequences(stream, after)).scalar_one()
+        run.unreadable(sequence)
+        return self._next(connection, stream, sequence, run)
+
+
+def _head(connection: Connection, stream: str) -> Any:
+    return connection.execute(
+        select(AuditStream).where(AuditStream.stream == stream)
+    ).first()
+
+
+def _records(stream: str, after: Any, size: int) -> Select[Any]:
+    return (
+        _RECORD.where(AuditRecord.stream == stream, AuditRecord.sequence > after)
+        .order_by(AuditRecord.sequence)
+        .limit(size)
+    )
+
+
+def _sequences(stream: str, after: Any) -> Select[Any]:
+    return (
+        select(AuditRecord.sequence)
+        .where(AuditRecord.stream == stream, AuditRecord.sequence > after)
+        .order_by(AuditRecord.sequence)
+        .limit(1)
+    )
+
+
+class _Run:
+    """The state of one verification: how far it is, and what must come next."""
+
+    def __init__(self, done: Verification, keys: Mapping[str, Sealer]) -> None:
+        self.done = done
+        self._keys = keys
+        self._begun = False
+        self._base = 0
+        self._last = 0
+        #: Hashes the next record may follow: more than one after a damaged record,
+        #: none after a missing one.
+        self._previous: tuple[bytes, ...] = (chain.GENESIS,)
+        self._is_certain = True
+        self._points: dict[int, list[Point]] = {}
+
+    def know(self, memory: Memory | None, noted: Mapping[int, bytes]) -> None:
+        """Take in what is known from outside the database."""
+        for sequence, record_hash in noted.items():
+            self._expect(
+                sequence,
+                Point(record_hash, Damage.ROLLED_BACK, "not the hash that was noted"),
+            )
+        if memory is None:
+            return
+        detail = "this host wrote another record here: records were replaced"
+        try:
+            seen = memory.read()
+            for one in (*memory.lost(), *([seen] if seen is not None else [])):
+                self._expect(one.sequence, Point(one.hash, Damage.ROLLED_BACK, detail))
+        except InvalidParameter as error:
+            self.done.add(self._last + 1, Damage.MEMORY, str(error))
+
+    def _expect(self, sequence: int, point: Point) -> None:
+        self._points.setdefault(sequence, []).append(point)
+
+    def begin(self, row: Any) -> None:
+        """Take the beginning of the chain from its head, once."""
+        if self._begun:
+            return
+        self._begun = True
+        if row is None:
+            return
+        head = head_of(row)
+        problem = self._head_problem(row, head)
+        if problem is not None:
+            damage, detail = problem
+            self.done.add(head.sequence, damage, detail)
+            if damage is Damage.HEAD:
+                # A beginning that nobody signed may hide what was deleted.
+                return
+        self._base = self._last = head.base_sequence
+        self._previous = (head.base_hash,)
+        self._compare(self._base, head.base_hash)
+
+    def _head_problem(self, row: Any, head: Head) -> tuple[Damage, str] | None:
+        sealer = self._keys.get(row.key_id)
+        if sealer is None:
+            return Damage.UNKNOWN, f"the head is signed with key {row.key_id}, {_HERE}"
+        if not chain.same(sealer.head(head), as_bytes(row.mac)):
+            return Damage.HEAD, "the head was changed: its signature does not fit"
+        return None
+
+    def record(self, row: Any) -> None:
+        """Check the next record."""
+        self.done.records += 1
+        sequence = row[_SEQUENCE]
+        if not self._comes_next(sequence):
+            return
+        stored, key_id, mac = (as_bytes(row[_N]), row[_N + 1], as_bytes(row[_N + 2]))
+        sealer = self._keys.get(key_id)
+        signed = sealer is not None and chain.same(sealer.record(sequence, stored), mac)
+        expected = self._expected(row)
+        follows = stored in expected
+        if sealer is None:
+            detail = f"signed with key {key_id}, {_HERE}"
+            self.done.add(sequence, Damage.UNKNOWN, detail)
+        elif not (follows and signed):
+            self._judge(sequence, follows=follows, signed=signed)
+        self._last = sequence
+        self._is_certain = follows and signed
+        # A damaged record's own hash is unsure: it may be what was changed.
+        self._previous = (stored,) if signed or follows else (stored, *expected)
+        self._compare(sequence, stored)
+        self.done.sequence, self.done.hash = sequence, stored
+
+    def _judge(self, sequence: int, *, follows: bool, signed: bool) -> None:
+        if follows:
+            detail = "hashed again: its signature was not made with the key"
+            self.done.add(sequence, Damage.FORGED, detail)
+        elif not signed:
+            detail = "neither its hash nor its signature belong here"
+            self.done.add(sequence, Damage.MISPLACED, detail)
+        elif self._is_certain:
+            detail = "its contents are not those that were signed"
+            self.done.add(sequence, Damage.ALTERED, detail)
+        else:
+            self.done.unchecked += 1
+
+    def _comes_next(self, sequence: Any) -> bool:
+        """Tell whether this is a record of the chain; note what is missing."""
+        if not isinstance(sequence, int):
+            detail = "a record whose sequence number is none"
+            self.done.add(self._last + 1, Damage.EXTRA, detail)
+            return False
+        if sequence <= self._base:
+            self.done.add(sequence, Damage.EXTRA, "before the first record")
+            return False
+        missing = sequence - self._last - 1
+        if missing:
+            self._miss(missing)
+        return True
+
+    def _miss(self, missing: int) -> None:
+        first, last = self._last + 1, self._last + missing
+        detail = "is missing" if missing == 1 else f"to {last} are missing"
+        self.done.add(first, Damage.MISSING, detail)
+        self._previous = ()
+        self._is_certain = False
+
+    def _expected(self, row: Any) -> tuple[bytes, ...]:
+        """Return the hashes the record may have, from what it says."""
+        if row[_FORMAT] != chain.FORMAT or row[_ALG] not in ALGORITHMS:
+            return ()
+        try:
+            content = chain.canonical(tuple(row[:_N]))
+        except TypeError:
+            # Text that no encoding can carry, or a number beyond 64 bits.
+            return ()
+        return tuple(chain.link(row[_ALG], one, content) for one in self._previous)
+
+    def unreadable(self, sequence: Any) -> None:
+        """Note a record the database cannot read."""
+        self.done.records += 1
+        if self._comes_next(sequence):
+            self.done.add(sequence, Damage.ALTERED, "it cannot be read")
+            self._last = sequence
+            self._previous = ()
+            self._is_certain = False
+
+    def anchors(self, connection: Connection, rows: Sequence[Any]) -> None:
+        """Take in the anchors that concern `rows`."""
+        first, last = rows[0][_SEQUENCE], rows[-1][_SEQUENCE]
+        query = _anchors(self.done.stream).where(
+            AuditAnchor.sequence >= first, AuditAnchor.sequence <= last
+        )
+        for anchor in connection.execute(query):
+            if self._is_signed(anchor):
+                point = Point(
+                    as_bytes(anchor.hash), Damage.ANCHOR, "its anchor has another hash"
+                )
+                self._expect(anchor.sequence, point)
+
+    def _is_signed(self, anchor: Any) -> bool:
+        sealer = self._keys.get(anchor.key_id)
+        if sealer is None:
+            detail = f"its anchor is signed with key {anchor.key_id}, {_HERE}"
+            self.done.add(anchor.sequence, Damage.UNKNOWN, detail)
+            return False
+        wanted = sealer.anchor(
+            anchor.stream, anchor.sequence, as_bytes(anchor.hash), anchor.time_us
+        )
+        if not chain.same(wanted, as_bytes(anchor.mac)):
+            detail = "its anchor was changed: its signature does not fit"
+            self.done.add(anchor.sequence, Damage.ANCHOR, detail)
+            return False
+        return True
+
+    def _compare(self, sequence: int, stored: bytes) -> None:
+        for point in self._points.pop(sequence, ()):
+            if point.hash != stored:
+                self.done.add(sequence, point.damage, point.detail)
+
+    def end(self, connection: Connection, row: Any) -> None:
+        """Hold the end of the chain against all that says where it should be."""
+        last = self._last
+        self._end_at_head(row)
+        beyond = _anchors(self.done.stream).where(AuditAnchor.sequence > last)
+        for anchor in connection.execute(beyond.limit(LISTED)):
+            if self._is_signed(anchor):
+                detail = f"an anchor signs record {anchor.sequence}"
+                self.done.add(last + 1, Damage.TRUNCATED, detail)
+        for sequence in sorted(self._points):
+            if sequence > last:
+                detail = f"record {sequence} was written, as is known elsewhere"
+                self.done.add(last + 1, Damage.ROLLED_BACK, detail)
+        held = connection.scalar(
+            select(func.count())
+            .select_from(AuditRecord)
+            .where(AuditRecord.stream == self.done.stream)
+        )
+        if held != self.done.records:
+            detail = f"{(held or 0) - self.done.records} records have no number"
+            self.done.add(last + 1, Damage.EXTRA, detail)
+
+    def _end_at_head(self, row: Any) -> None:
+        last = self._last
+        if row is None:
+            if self.done.records:
+                self.done.add(last, Damage.HEAD, "the head is missing")
+            return
+        head = head_of(row)
+        problem = self._head_problem(row, head)
+        if problem is not None:
+            damage, detail = problem
+            if not any(found.detail == detail for found in self.done.findings):
+                self.done.add(head.sequence, damage, detail)
+            return
+        if head.sequence > last:
+            detail = f"the chain ended at record {head.sequence}"
+            self.done.add(last + 1, Damage.TRUNCATED, detail)
+        elif head.sequence < last:
+            detail = f"the chain ends at record {head.sequence}"
+            self.done.add(head.sequence + 1, Damage.EXTRA, detail)
+        elif self.done.records and head.hash != self.done.hash:
+            self.done.add(last, Damage.HEAD, "the head has another hash")
+
+
+_HERE = "which is not here"
+
+
+def _anchors(stream: str) -> Select[Any]:
+    return (
+        select(AuditAnchor)
+        .where(AuditAnchor.stream == stream)
+        .order_by(AuditAnchor.sequence)
+    )
