@@ -49,6 +49,8 @@ class AuditEvent:
         Home tenant of the actor.
     roles : iterable of str
         Roles the actor had.
+    session : str
+        The login, ticket or token the actor came with; useless to log in with.
     source : str
         Network address; empty for the node itself.
     door : str
@@ -81,6 +83,7 @@ class AuditEvent:
     outcome: Outcome = Outcome.ALLOW
     tenant: TenantId = DEFAULT_TENANT
     roles: Iterable[str] = ()
+    session: str = ""
     source: str = ""
     door: str = ""
     reason: str = ""
@@ -105,6 +108,7 @@ LENGTHS: Mapping[str, int] = MappingProxyType(
         "tenant": 64,
         "actor": 128,
         "roles": 128,
+        "session": 64,
         "source": 64,
         "door": 16,
         "action": 40,

@@ -358,6 +358,7 @@ def _key(event: AuditEvent, detail: str) -> tuple[object, ...]:
         event.object_id,
         event.object_tenant,
         event.tenant,
+        event.session,
         event.source,
         event.door,
         event.purpose,

@@ -148,6 +148,7 @@ class AuditRecord(Base):
     tenant: Mapped[str] = mapped_column(String(64))
     actor: Mapped[str] = mapped_column(String(128))
     roles: Mapped[str] = mapped_column(String(128))
+    session: Mapped[str] = mapped_column(String(64))
     source: Mapped[str] = mapped_column(String(64))
     door: Mapped[str] = mapped_column(String(16))
     action: Mapped[str] = mapped_column(String(40))

@@ -44,6 +44,7 @@ def upgrade() -> None:
         sa.Column("tenant", sa.String(length=64), nullable=False),
         sa.Column("actor", sa.String(length=128), nullable=False),
         sa.Column("roles", sa.String(length=128), nullable=False),
+        sa.Column("session", sa.String(length=64), nullable=False),
         sa.Column("source", sa.String(length=64), nullable=False),
         sa.Column("door", sa.String(length=16), nullable=False),
         sa.Column("action", sa.String(length=40), nullable=False),
