@@ -25,6 +25,8 @@ from storage.kernel.errors import ImagingError
 log = logging.getLogger(__name__)
 
 FALLBACKS = (EXPLICIT_VR_LE, IMPLICIT_VR_LE)
+#: What is least work for both sides comes first.
+_EASE = {EXPLICIT_VR_LE: 0, IMPLICIT_VR_LE: 1}
 NO_CONTEXT = "no suitable presentation context"
 UNREADABLE = "cannot be read or converted"
 
@@ -197,14 +199,14 @@ def choose(
 ) -> Offer | None:
     """Return the context an instance is sent in, or None.
 
-    As stored when that was accepted, else the first it can be converted to without
-    loss; Implicit VR Little Endian comes last.
+    As stored when that was accepted, else natively: Explicit, then Implicit VR Little
+    Endian; only who takes neither gets it encoded again.
     """
     mine = offers.get(instance.sop_class_uid, ())
     for offer in mine:
         if offer.transfer_syntax == instance.transfer_syntax_uid:
             return offer
-    for offer in sorted(mine, key=lambda one: one.transfer_syntax == IMPLICIT_VR_LE):
+    for offer in sorted(mine, key=lambda one: _EASE.get(one.transfer_syntax, 2)):
         if source.can_send_as(instance, offer.transfer_syntax):
             return offer
     return None

@@ -153,6 +153,18 @@ EXPLICIT_VR_BE = f"{_P}.2"
 DEFLATED = f"{_P}.1.99"
 
 
+#: Transfer syntax of frames of a media type that name none (PS3.18 Table 8.7.3-5).
+MEDIA_TYPE_DEFAULTS = {
+    "image/dicom-rle": f"{_P}.5",
+    "image/jls": f"{_P}.4.80",
+    "image/jp2": f"{_P}.4.90",
+    "image/jpeg": f"{_P}.4.70",
+    "image/jphc": f"{_P}.4.201",
+    "image/jpx": f"{_P}.4.92",
+    "image/jxl": f"{_P}.4.110",
+}
+
+
 def is_known(uid: str) -> bool:
     """Tell whether objects in this transfer syntax can be stored."""
     return uid in _BY_UID

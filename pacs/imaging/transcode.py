@@ -1,9 +1,10 @@
-"""Rewriting a data set in Explicit or Implicit VR Little Endian (PS3.5 A.1, A.2).
+"""Rewriting a data set in another transfer syntax (PS3.5 A.1, A.2, A.4).
 
-One pass of the walker over the stored bytes. Frames are decoded one after another
-into the result, and the attributes that describe them follow: Photometric
-Interpretation, Planar Configuration; offset tables and group lengths are left out,
-since what they count has changed. Lossy Image Compression stays what it was.
+One pass of the walker over the stored bytes. Frames are decoded, or encoded without
+loss, one after another into the result, and the attributes that describe them follow:
+Photometric Interpretation, Planar Configuration; offset tables and group lengths are
+left out, since what they count has changed. Lossy Image Compression stays what it was.
+Icons are native wherever they come from.
 
 Sequences are written with undefined lengths, which need no second pass.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 import io
 import re
 import struct
+import sys
+from array import array
 from collections.abc import Iterator
 from typing import Final, Literal
 
@@ -24,11 +27,10 @@ from pacs.imaging.codecs import (
     PLANAR,
     DecoderPool,
     DecodeSpec,
-    decoded_photometric,
-    is_planar,
 )
 from pacs.imaging.dataset import Scan, inflate, scan
 from pacs.imaging.dicomjson import effective_vr, little_endian
+from pacs.imaging.encoders import ENCODERS
 from pacs.imaging.encoding import (
     ELEMENT,
     EXPLICIT_LITTLE,
@@ -48,6 +50,13 @@ from pacs.imaging.encoding import (
     walk_dataset,
 )
 from pacs.imaging.frames import FrameTable, frame_ranges
+from pacs.imaging.recode import (
+    check_encodable,
+    encoded_frame,
+    is_recoded_planar,
+    native_frames,
+    recoded_photometric,
+)
 from storage.kernel.errors import (
     MalformedObject,
     TooLarge,
@@ -55,7 +64,8 @@ from storage.kernel.errors import (
 )
 from storage.kernel.limits import Limits
 
-_TARGETS: Final = frozenset((syntaxes.IMPLICIT_VR_LE, syntaxes.EXPLICIT_VR_LE))
+_NATIVE: Final = frozenset((syntaxes.IMPLICIT_VR_LE, syntaxes.EXPLICIT_VR_LE))
+_TARGETS: Final = _NATIVE | ENCODERS.keys()
 #: Describe encapsulated Pixel Data and mean nothing without it (PS3.5 A.4.1).
 _OFFSET_TABLES: Final = frozenset((0x7FE00001, 0x7FE00002, 0x7FE00003))
 #: Groups of command sets and File Meta Information.
@@ -75,38 +85,13 @@ _MAX_SHORT: Final = 0xFFFE
 
 
 def can_convert(stored: str, target: str) -> bool:
-    """Tell whether objects in `stored` can be rewritten in `target`."""
+    """Tell whether objects in `stored` can be rewritten in `target`.
+
+    Whether a codec takes their samples is another question: `check_encodable`.
+    """
     if target not in _TARGETS or not syntaxes.is_known(stored):
         return False
     return syntaxes.get(stored).decodes
-
-
-def native_frame(
-    data: bytes, stored: str, spec: DecodeSpec, decoders: DecoderPool
-) -> bytes:
-    """Return one stored frame as native little endian samples.
-
-    Raises
-    ------
-    MalformedObject, TooLarge, DependencyDown
-        See `DecoderPool`.
-    UnsupportedTransferSyntax
-        There is no decoder, or the frame shares words with its neighbours.
-    """
-    syntax = syntaxes.get(stored)
-    if syntax.encapsulated:
-        return decoders.decode(data, stored, spec)
-    if syntax.little_endian:
-        return data
-    if spec.bits_allocated > 8:
-        vr = {16: b"OW", 32: b"OL", 64: b"OV"}[spec.bits_allocated]
-        # Samples of more than a word are swapped as a whole (PS3.5 7.3).
-        return bytes(little_endian(data, vr, "big"))
-    if not spec.words:
-        return data
-    if len(data) % 2:
-        raise UnsupportedTransferSyntax("a frame that ends within a word")
-    return bytes(little_endian(data, b"OW", "big"))
 
 
 def to_syntax(
@@ -119,12 +104,13 @@ def to_syntax(
     data : bytes-like
         The data set as stored, without File Meta.
     target : str
-        Explicit or Implicit VR Little Endian.
+        Explicit or Implicit VR Little Endian, or one of `encoders.ENCODERS`.
 
     Raises
     ------
     MalformedObject, TooLarge, DependencyDown
     UnsupportedTransferSyntax
+        There is no decoder or encoder for such frames.
     """
     if not can_convert(stored, target):
         raise UnsupportedTransferSyntax(f"cannot convert {stored} to {target}")
@@ -152,15 +138,25 @@ class _Scope:
         Pixel Representation is 1.
     bits : int
         Bits Allocated.
+    target : str
+        What its frames become.
     """
 
-    __slots__ = ("bits", "order", "signed", "spec")
+    __slots__ = ("bits", "order", "signed", "spec", "target")
 
-    def __init__(self, order: _Order, spec: DecodeSpec | None, *, signed: bool) -> None:
+    def __init__(
+        self,
+        order: _Order,
+        spec: DecodeSpec | None,
+        *,
+        signed: bool,
+        target: str = syntaxes.EXPLICIT_VR_LE,
+    ) -> None:
         self.order = order
         self.spec = spec
         self.signed = signed
         self.bits = 16
+        self.target = target
 
 
 class _Rewriter:
@@ -174,17 +170,22 @@ class _Rewriter:
     ) -> None:
         self._data = memoryview(data)
         self._stored = stored
-        self._explicit = target == syntaxes.EXPLICIT_VR_LE
+        self._target = target
+        self._explicit = target != syntaxes.IMPLICIT_VR_LE
         self._decoders = decoders
         self._limits = limits
         self._encoding: Encoding = encoding_of(syntaxes.get(stored))
         self._found: Scan = scan(data, 0, len(data), stored, limits)
         pixel = self._found.pixel
-        self._encapsulated = pixel is not None and pixel.encapsulated
         self._icons: dict[int, DecodeSpec] = {}
         self._spec: DecodeSpec | None = None
-        if self._encapsulated:
+        encoding = pixel is not None and target in ENCODERS
+        if pixel is not None and (pixel.encapsulated or encoding):
             self._spec = DecodeSpec.from_scan(self._found)
+        if encoding and self._spec is not None:
+            if pixel is not None and pixel.tag != PIXEL_DATA:
+                raise UnsupportedTransferSyntax("there is no encoder for floats")
+            check_encodable(stored, target, self._spec)
         if syntaxes.get(stored).encapsulated:
             self._icons = self._nested_specs()
 
@@ -215,7 +216,9 @@ class _Rewriter:
     def parts(self) -> Iterator[Buffer]:
         """Yield the new data set in pieces."""
         signed = self._found.unsigned(PIXEL_REPRESENTATION) == 1
-        scope = _Scope(self._encoding.order, self._spec, signed=signed)
+        scope = _Scope(
+            self._encoding.order, self._spec, signed=signed, target=self._target
+        )
         outer: list[_Scope] = []
         #: Depth inside a sequence that is left out.
         skipping = 0
@@ -258,6 +261,9 @@ class _Rewriter:
             return
         if scope.spec is not None and tag in _OFFSET_TABLES:
             return
+        if tag == PIXEL_DATA and scope.target in ENCODERS and scope.spec is not None:
+            yield from self._encapsulate(scope, begin, stop)
+            return
         length = stop - begin
         known = vr if vr in _KNOWN else b"UN"
         if not vr:
@@ -269,7 +275,7 @@ class _Rewriter:
             scope.bits = int.from_bytes(value, scope.order)
         value = little_endian(value, known, scope.order)
         if scope.spec is not None:
-            value = _described(self._stored, scope.spec, tag, value)
+            value = _described(self._stored, scope.target, scope.spec, tag, value)
         if len(value) > _MAX_SHORT and known in SHORT_VRS:
             # PS3.5 6.2.2: too long for its VR's length field.
             known = b"UN"
@@ -287,25 +293,27 @@ class _Rewriter:
     def _fragments(
         self, scope: _Scope, begin: int, stop: int, *, top: bool
     ) -> Iterator[Buffer]:
-        """Decode encapsulated Pixel Data."""
+        """Decode encapsulated Pixel Data, or encode it in another way."""
         spec, frames = scope.spec, 1
         if spec is None:
             raise MalformedObject("encapsulated data outside an item", PIXEL_DATA)
         if top:
-            declared = self._found.text(NUMBER_OF_FRAMES)
-            if _COUNT.match(declared):
-                frames = int(declared) or 1
+            frames = self._n_frames()
             table = frame_ranges(self._found, frames)
         else:
             table = self._icon(begin, stop)
         if len(table) < frames:
             raise MalformedObject("frames are missing", PIXEL_DATA)
+        stored = (self._stored_frame(table, i + 1) for i in range(frames))
+        if scope.target in ENCODERS:
+            yield from self._encoded(stored, spec, scope.target)
+            return
         total = -(-spec.frame_bits * frames // 8)
         if total > min(self._limits.inflated_bytes, 0xFFFFFFFE):
             raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
         vr = b"OW" if spec.bits_allocated > 8 else b"OB"
         yield self._head(PIXEL_DATA, vr, total + total % 2)
-        decoded = (self._frame(table, i + 1, spec) for i in range(frames))
+        decoded = (self._decoders.decode(one, self._stored, spec) for one in stored)
         if spec.frame_bits % 8:
             yield _joined_bits(decoded, spec)
         else:
@@ -313,12 +321,51 @@ class _Rewriter:
         if total % 2:
             yield b"\0"
 
-    def _frame(self, table: FrameTable, number: int, spec: DecodeSpec) -> bytes:
-        data = b"".join(
+    def _n_frames(self) -> int:
+        declared = self._found.text(NUMBER_OF_FRAMES)
+        return int(declared) or 1 if _COUNT.match(declared) else 1
+
+    def _stored_frame(self, table: FrameTable, number: int) -> bytes:
+        return b"".join(
             self._data[offset : offset + length]
             for offset, length in table.ranges(number)
         )
-        return self._decoders.decode(data, self._stored, spec)
+
+    def _encapsulate(self, scope: _Scope, begin: int, stop: int) -> Iterator[Buffer]:
+        """Encode native Pixel Data of the data set itself."""
+        spec = scope.spec
+        if spec is None:
+            raise MalformedObject("no frame size", PIXEL_DATA)
+        frames = native_frames(self._data[begin:stop], spec, self._n_frames())
+        yield from self._encoded(frames, spec, scope.target)
+
+    def _encoded(
+        self, frames: Iterator[bytes], spec: DecodeSpec, target: str
+    ) -> Iterator[Buffer]:
+        """Yield Pixel Data with one fragment for each frame (PS3.5 A.4)."""
+        items: list[bytes] = []
+        total = 0
+        for frame in frames:
+            one = encoded_frame(frame, self._stored, target, spec, self._decoders)
+            items.append(one + bytes(len(one) % 2))
+            total += len(items[-1]) + 8
+            if total > self._limits.inflated_bytes:
+                raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
+        yield self._head(PIXEL_DATA, b"OB", _UNDEFINED)
+        offsets = array("I")
+        position = 0
+        for one in items:
+            # Bound: a table that cannot say where the last frame is says nothing.
+            if total > _UNDEFINED:
+                break
+            offsets.append(position)
+            position += len(one) + 8
+        if sys.byteorder == "big":
+            offsets.byteswap()
+        for item in (offsets.tobytes(), *items):
+            yield struct.pack("<HHI", 0xFFFE, 0xE000, len(item))
+            yield item
+        yield _SEQUENCE_END
 
     def _icon(self, begin: int, stop: int) -> FrameTable:
         found = read_fragments(
@@ -332,13 +379,15 @@ _TEXT: Final = SHORT_VRS - frozenset(b"AT FL FD SL SS UI UL US".split()) | {
 }  # fmt: skip
 
 
-def _described(stored: str, spec: DecodeSpec, tag: int, value: Buffer) -> Buffer:
-    """Return the value of an attribute that describes decoded frames."""
+def _described(
+    stored: str, target: str, spec: DecodeSpec, tag: int, value: Buffer
+) -> Buffer:
+    """Return the value of an attribute that describes converted frames."""
     if tag == PHOTOMETRIC:
-        text = decoded_photometric(stored, spec).encode("ascii", "replace")
+        text = recoded_photometric(stored, target, spec).encode("ascii", "replace")
         return text + b" " * (len(text) % 2)
     if tag == PLANAR and len(value) == 2:
-        return b"\1\0" if is_planar(stored, spec) else b"\0\0"
+        return b"\1\0" if is_recoded_planar(stored, target, spec) else b"\0\0"
     return value
 
 

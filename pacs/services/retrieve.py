@@ -16,18 +16,17 @@ from functools import partial
 
 from pacs.domain.study import ByteStream, Level, StoredInstance
 from pacs.imaging import syntaxes
-from pacs.imaging.codecs import DecoderPool, DecodeSpec
-from pacs.imaging.dataset import Scan, inflate, scan
+from pacs.imaging.codecs import DecoderPool
+from pacs.imaging.dataset import inflate, scan
 from pacs.imaging.dicomjson import instance_json, value_at
-from pacs.imaging.encoders import ENCODERS, is_encodable
-from pacs.imaging.encoding import PIXEL_DATA
-from pacs.imaging.frames import FrameTable, frame_ranges
+from pacs.imaging.encoders import ENCODERS
+from pacs.imaging.frames import FrameTable
 from pacs.imaging.part10 import file_meta
-from pacs.imaging.recode import check_encodable, encoded_frame, native_frame
 from pacs.imaging.transcode import can_convert, to_syntax
 from pacs.repository import locate
+from pacs.services.frames import FrameForm, StoredFrames
 from pacs.services.metadata import MetadataBody, SeriesBundles
-from pacs.services.sources import ByteSource, LazyBytes, chunked, spliced
+from pacs.services.sources import ByteSource, chunked
 from pacs.services.stored import StoredObjects
 from storage.db.engine import Database
 from storage.kernel.errors import (
@@ -92,6 +91,7 @@ class RetrieveService:
         self._objects = StoredObjects(database, reader, on_corrupt)
         self._decoders = decoders
         self._limits = limits
+        self._frames = StoredFrames(database, self._objects, decoders, limits)
         self._bundles = SeriesBundles(database, self.metadata)
         self._remembered: OrderedDict[
             tuple[tuple[str, ...], Scope | None, str, str, str], StoredInstance
@@ -200,7 +200,7 @@ class RetrieveService:
             return False
         if transfer_syntax_uid not in ENCODERS:
             return True
-        return self._can_encode(instance, transfer_syntax_uid)
+        return self._frames.can_encode(instance, transfer_syntax_uid)
 
     def read_object(self, instance: StoredInstance, offset: int, length: int) -> bytes:
         """Return a range of the Part-10 object exactly as stored, unchecked."""
@@ -282,7 +282,62 @@ class RetrieveService:
         )
 
     def _dataset_bytes(self, instance: StoredInstance) -> memoryview:
-        return self._objects.whole(instance, instance.dataset_offset)
+        return self._objects.dataset(instance)
+
+    def frame_count(self, instance: StoredInstance) -> int:
+        """Return how many frames can be asked for; 0 without pixel data."""
+        return len(self._frames.table(instance))
+
+    def frame(
+        self,
+        instance: StoredInstance,
+        number: int,
+        transfer_syntax_uid: str | None = None,
+    ) -> Frame:
+        """Return one frame; see `frame_forms`."""
+        source = self.open_frame(instance, number, transfer_syntax_uid)
+        return Frame(source.read(0, source.length), source.transfer_syntax_uid)
+
+    def open_frame(
+        self,
+        instance: StoredInstance,
+        number: int,
+        transfer_syntax_uid: str | None = None,
+    ) -> ByteSource:
+        """Return one frame; see `frame_forms`."""
+        return self.open_frames(instance, (number,), transfer_syntax_uid)[0]
+
+    def open_frames(
+        self,
+        instance: StoredInstance,
+        numbers: Sequence[int],
+        transfer_syntax_uid: str | None = None,
+    ) -> list[ByteSource]:
+        """Return frames, opened; see `frame_forms`."""
+        forms = self.frame_forms(instance, numbers, transfer_syntax_uid)
+        return [form.open() for form in forms]
+
+    def frame_forms(
+        self,
+        instance: StoredInstance,
+        numbers: Sequence[int],
+        transfer_syntax_uid: str | None = None,
+    ) -> list[FrameForm]:
+        """Return frames, as stored, or decoded or encoded when they are opened.
+
+        See `StoredFrames.forms`.
+
+        Raises
+        ------
+        NotFound
+            No such frame, or its bytes are not all there.
+        UnsupportedTransferSyntax
+        """
+        return self._frames.forms(instance, numbers, transfer_syntax_uid)
+
+    def frame_table(self, instance: StoredInstance) -> FrameTable:
+        """Return where the frames are, from the first byte of the data set."""
+        return self._frames.table(instance)
 
     def metadata(self, instance: StoredInstance) -> bytes:
         """Return the instance's attributes as one JSON object (PS3.18 Annex F)."""
@@ -372,7 +427,7 @@ class RetrieveService:
         def read(offset: int, length: int) -> bytes:
             return self.read_object(instance, start + offset, length)
 
-        return ByteSource(self._pixel_length(instance), read, EXPLICIT_LE)
+        return ByteSource(self._frames.pixel_length(instance), read, EXPLICIT_LE)
 
     def _document_type(self, body: bytes | memoryview, instance: StoredInstance) -> str:
         """Return MIME Type of Encapsulated Document (0042,0012) if it is one."""

@@ -70,6 +70,15 @@ class StoredObjects:
         self._check(instance, crc32c(data[:length]), data[length:])
         return data[start:length]
 
+    def dataset(self, instance: StoredInstance) -> memoryview:
+        """Return the data set without File Meta.
+
+        Raises
+        ------
+        CorruptData
+        """
+        return self.whole(instance, instance.dataset_offset)
+
     def chunks(self, instance: StoredInstance, start: int = 0) -> Iterator[bytes]:
         """Yield the object from `start` to its end, at most 1 MiB at a time.
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
 
 import orjson
 from fastapi import APIRouter, Response
 
 from pacs.domain.study import StoredInstance
 from pacs.imaging import syntaxes
-from pacs.services.retrieve import bulkdata_prefix
+from pacs.imaging.encoders import ENCODERS, resolution_offsets
+from pacs.services.retrieve import RetrieveService, bulkdata_prefix
 from pacs.services.sources import ByteSource
 from pacs.web.bodies import (
     IMMUTABLE,
     Attachment,
     Validators,
+    not_modified,
     send_parts,
     send_source,
 )
@@ -40,6 +44,19 @@ OCTET_SINGLE = Offer(OCTETS)
 #: Values that a page could run; they are only ever offered for saving.
 ENCAPSULATED_DOCUMENT = "00420011"
 PIXELS = "7FE00010"
+#: Image types that frames are encoded in when asked for.
+ENCODED_TYPES = tuple(
+    dict.fromkeys(
+        syntaxes.get(uid).media_type
+        for uid in ENCODERS
+        if syntaxes.get(uid).media_type != OCTETS
+    )
+)
+HTJ2K = frozenset(f"1.2.840.10008.1.2.4.20{n}" for n in (1, 2, 3))
+#: Extension: bytes that hold each resolution of an HTJ2K frame, the smallest first.
+RESOLUTIONS = "Resolution-Offsets"
+#: More of a code stream is not looked at for its main header.
+MAIN_HEADER = 4096
 
 
 @readable(router, _INSTANCE + "/frames/{frames}")
@@ -50,30 +67,59 @@ def retrieve_frames(
     numbers = parse_frame_list(frames, asked.retrieve.limits.frames_list)
     found = asked.instance(study, series, instance)
     offers = frame_offers(found, single=len(numbers) == 1)
-    for offer, wanted in candidates(asked.accept(), offers):
-        target = _frame_target(found, offer.media_type, wanted)
+    try:
+        acceptable = candidates(asked.accept(), offers)
+    except Unsupported:
+        acceptable = []
+    for offer, wanted in acceptable:
+        target = frame_target(asked.retrieve, found, offer.media_type, wanted)
         if target is None:
             continue
-        sources = asked.retrieve.open_frames(found, numbers, target)
-        kind = f"{offer.media_type}; transfer-syntax={sources[0].transfer_syntax_uid}"
+        forms = asked.retrieve.frame_forms(found, numbers, target)
+        kind = f"{offer.media_type}; transfer-syntax={target}"
         validators = Validators(
-            f"{found.digest.hex()[:32]}-{target}-{frames[:64]}", cache=IMMUTABLE
+            f"{found.digest.hex()[:32]}-{_form_name(found, target)}-{frames[:64]}",
+            cache=IMMUTABLE,
         )
         if not offer.multipart:
-            return send_source(asked.request, sources[0], kind, validators)
+            if validators.unchanged(asked.request):
+                return not_modified(validators)
+            source = forms[0].open()
+            headers = _resolutions(source)
+            return send_source(asked.request, source, kind, validators, headers)
         url = asked.url(found)
         parts = [
-            source_part(
-                source,
+            Part(
                 (("Content-Type", kind), ("Content-Location", f"{url}/frames/{n}")),
+                form.length,
+                form.chunks,
             )
-            for n, source in zip(numbers, sources, strict=True)
+            for n, form in zip(numbers, forms, strict=True)
         ]
         writer = MultipartWriter(offer.media_type, parts)
         return send_parts(asked.request, writer, validators)
-    kinds = ", ".join(map(str, offers))
-    stored = found.transfer_syntax_uid
-    raise Unsupported(f"available: {kinds}; stored in {stored}")
+    raise _not_available(asked.retrieve, found)
+
+
+@cache
+def _codecs() -> str:
+    """Return the version of the codecs: another one may write other bytes."""
+    return version("imagecodecs")
+
+
+def _form_name(instance: StoredInstance, target: str) -> str:
+    """Return what tells this form of a frame from others, also of later releases."""
+    made = target != instance.transfer_syntax_uid and target in ENCODERS
+    return f"{target}-{_codecs()}" if made else target
+
+
+def _resolutions(source: ByteSource) -> dict[str, str]:
+    """Return where the resolutions of an HTJ2K frame end, as a header of ours."""
+    if source.transfer_syntax_uid not in HTJ2K:
+        return {}
+    head = source.read(0, min(source.length, MAIN_HEADER))
+    offsets = resolution_offsets(head, source.length)
+    return {RESOLUTIONS: ", ".join(map(str, offsets))} if offsets else {}
 
 
 def parse_frame_list(text: str, allowed: int) -> list[int]:
@@ -95,35 +141,69 @@ def parse_frame_list(text: str, allowed: int) -> list[int]:
 
 
 def frame_offers(instance: StoredInstance, *, single: bool) -> list[Offer]:
-    """Return the forms that frames of an instance can have, the default first."""
+    """Return the forms that frames of an instance may have, the default first."""
     syntax = syntaxes.get(instance.transfer_syntax_uid)
-    offers = [OCTET_PARTS, OCTET_SINGLE]
-    if syntax.media_type != OCTETS:
-        image = syntax.media_type
-        offers += [Offer(image, multipart=True), Offer(image)]
-        if not syntax.decodes:
-            # Video and the like have no raw form: their own comes first.
-            offers = offers[2:] + offers[:2]
-    return [offer for offer in offers if offer.multipart or single]
+    own = [] if syntax.media_type == OCTETS else [syntax.media_type]
+    kinds = [OCTETS, *own]
+    if not syntax.decodes:
+        # Video and the like have no raw form: their own comes first.
+        kinds = [*own, OCTETS]
+    else:
+        kinds += [kind for kind in ENCODED_TYPES if kind not in own]
+    return [
+        Offer(kind, multipart=multipart)
+        for kind in kinds
+        for multipart in (True, False)
+        if multipart or single
+    ]
 
 
-def _frame_target(instance: StoredInstance, media_type: str, wanted: str) -> str | None:
+def frame_target(
+    retrieve: RetrieveService, instance: StoredInstance, media_type: str, wanted: str
+) -> str | None:
     """Return the transfer syntax for what a client named; None: cannot.
 
     Without one, octets are Explicit VR Little Endian, but lossy pixels come as stored
-    (PS3.18 8.7.3.5.2); image types come as stored.
+    (PS3.18 8.7.3.5.2); an image type is what is stored if that is of the type, else its
+    default.
     """
     stored = instance.transfer_syntax_uid
     syntax = syntaxes.get(stored)
     plain = syntaxes.EXPLICIT_VR_LE
     as_stored = stored if syntax.encapsulated else plain
-    if wanted in {ANY, stored} and wanted not in NEVER:
+    if wanted in NEVER:
+        return None
+    if media_type in {OCTETS, syntax.media_type} and wanted in {ANY, stored}:
         return as_stored
     if media_type != OCTETS:
-        return as_stored if not wanted else None
-    if not wanted:
+        if wanted in {"", ANY}:
+            if syntax.media_type == media_type:
+                return as_stored
+            wanted = syntaxes.MEDIA_TYPE_DEFAULTS.get(media_type, "")
+        elif (
+            not syntaxes.is_known(wanted)
+            or syntaxes.get(wanted).media_type != media_type
+        ):
+            return None
+    elif not wanted:
         return as_stored if syntax.lossy or not syntax.decodes else plain
-    return plain if wanted == plain and syntax.decodes else None
+    elif wanted == plain:
+        return plain if syntax.decodes else None
+    # Tolerates: the syntax of an image type, asked for as octets.
+    return wanted if retrieve.can_send_as(instance, wanted) else None
+
+
+def _not_available(retrieve: RetrieveService, instance: StoredInstance) -> Unsupported:
+    """Say which forms there are, and what is stored."""
+    stored = instance.transfer_syntax_uid
+    syntax = syntaxes.get(stored)
+    plain = [syntaxes.EXPLICIT_VR_LE] if syntax.decodes else []
+    uids = [uid for uid in ENCODERS if retrieve.can_send_as(instance, uid)]
+    kinds = [
+        f"{syntaxes.get(uid).media_type}; transfer-syntax={uid}"
+        for uid in dict.fromkeys((*plain, *({stored} - NEVER), *uids))
+    ]
+    return Unsupported(f"available: {', '.join(kinds)}; stored in {stored}")
 
 
 @readable(router, _INSTANCE + "/bulkdata/{path:path}")

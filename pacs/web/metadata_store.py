@@ -29,17 +29,6 @@ from storage.kernel.limits import MIB, Limits
 MAX_BYTES = 64 * MIB
 PIXEL_DATA = 0x7FE00010
 
-#: Transfer syntaxes of image types that name none (PS3.18 Table 8.7.3-5).
-_DEFAULTS = {
-    "image/dicom-rle": "1.2.840.10008.1.2.5",
-    "image/jls": "1.2.840.10008.1.2.4.80",
-    "image/jp2": "1.2.840.10008.1.2.4.90",
-    "image/jpeg": "1.2.840.10008.1.2.4.70",
-    "image/jphc": "1.2.840.10008.1.2.4.201",
-    "image/jpx": "1.2.840.10008.1.2.4.92",
-    "image/jxl": "1.2.840.10008.1.2.4.110",
-}
-
 _BASE64 = re.compile(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2,3}={1,2})?\Z")
 
 Built = tuple[str, Callable[[], bytes], int]
@@ -112,7 +101,7 @@ class MetadataRequest:
         named = kind.parameters.get("transfer-syntax", "")
         for tag in ("00020010", "00083002"):
             named = named or _first(attributes, tag)
-        return named or _DEFAULTS.get(kind.media_type, "")
+        return named or syntaxes.MEDIA_TYPE_DEFAULTS.get(kind.media_type, "")
 
     def _pixel_type(self, attributes: Mapping[str, Any]) -> ContentType | None:
         element = attributes.get(f"{PIXEL_DATA:08X}")

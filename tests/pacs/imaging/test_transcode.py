@@ -23,7 +23,8 @@ from pydicom.sequence import Sequence
 from pacs.imaging import syntaxes
 from pacs.imaging.codecs import DecoderPool, DecodeSpec
 from pacs.imaging.part10 import file_meta, read_file_meta
-from pacs.imaging.transcode import can_convert, native_frame, to_syntax
+from pacs.imaging.recode import native_frame
+from pacs.imaging.transcode import can_convert, to_syntax
 from storage.kernel.errors import (
     ImagingError,
     MalformedObject,
@@ -37,6 +38,7 @@ from tests.support.datasets import ct_slice
 IMPLICIT, EXPLICIT = syntaxes.IMPLICIT_VR_LE, syntaxes.EXPLICIT_VR_LE
 BIG, DEFLATED = syntaxes.EXPLICIT_VR_BE, syntaxes.DEFLATED
 JPEG_LS, RLE = "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.5"
+JPEG = "1.2.840.10008.1.2.4.50"
 TARGETS = [EXPLICIT, IMPLICIT]
 
 
@@ -454,8 +456,8 @@ def test_many_frames_are_not_held_twice(pool: DecoderPool) -> None:
 
 def test_what_cannot_be_converted_says_so(pool: DecoderPool) -> None:
     video = "1.2.840.10008.1.2.4.102"
-    for stored, target in ((video, EXPLICIT), (EXPLICIT, BIG), (EXPLICIT, JPEG_LS),
-                           ("1.2.3", EXPLICIT)):  # fmt: skip
+    for stored, target in ((video, EXPLICIT), (EXPLICIT, BIG), (EXPLICIT, JPEG),
+                           (video, JPEG_LS), ("1.2.3", EXPLICIT)):  # fmt: skip
         assert not can_convert(stored, target)
         with pytest.raises(UnsupportedTransferSyntax):
             to_syntax(b"", stored, target, pool, Limits())
