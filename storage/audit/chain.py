@@ -32,8 +32,8 @@ GENESIS = bytes(32)
 CONTENT = (
     "format", "alg", "stream", "sequence", "time_us", "last_us", "count", "tenant",
     "actor", "roles", "session", "source", "door", "action", "outcome", "reason",
-    "object_kind", "object_tenant", "patient_id", "study_uid", "series_uid", "instance_uid",
-    "object_id", "purpose", "request_id", "detail", "before", "after",
+    "object_kind", "object_tenant", "patient_id", "study_uid", "series_uid",
+    "instance_uid", "object_id", "purpose", "request_id", "detail", "before", "after",
 )  # fmt: skip
 
 
