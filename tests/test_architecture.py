@@ -52,7 +52,7 @@ CONFINED = {
     "dbos": ("storage/jobs/runner.py",),
     "minio": ("storage/objects/",),
     "alembic": ("storage/db/",),
-    "imagecodecs": ("pacs/imaging/", "gateway/doctor.py"),
+    "imagecodecs": ("pacs/imaging/", "pacs/rendering/", "gateway/doctor.py"),
     "pynetdicom": (),
     "pytest": (),
     "tests": (),

@@ -80,3 +80,25 @@ class Limits(BaseModel):
     audit_pending_seconds: float = Field(
         10, gt=0, description="longest such wait before reads are refused"
     )
+    volume_bytes: int = Field(
+        768 * MIB, ge=MIB, description="one volume in memory: its voxels"
+    )
+    volume_seconds: float = Field(60, gt=0, description="reading one volume")
+    render_seconds: float = Field(30, gt=0, description="one picture of a volume")
+    render_bytes: int = Field(
+        1 * GIB, ge=64 * MIB, description="address space one picture may add"
+    )
+    render_pixels: int = Field(
+        4 * MIB, ge=1024, description="pixels of one picture of a volume"
+    )
+    render_samples: int = Field(
+        512 * MIB, ge=MIB, description="samples of one slab or volume rendering"
+    )
+    overlay_points: int = Field(
+        500_000, ge=100, description="points of the graphics of one overlay answer"
+    )
+    overlay_masks: int = Field(10_000, ge=10, description="masks of one overlay answer")
+    overlay_runs: int = Field(
+        2_000_000, ge=1000, description="runs of the masks of one overlay answer"
+    )
+    overlay_objects: int = Field(200, ge=1, description="objects of one overlay answer")

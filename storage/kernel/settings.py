@@ -203,6 +203,12 @@ class Pacs(_Part):
     accept_files_without_preamble: bool = Field(False, description="import only")
     permanent_delete: bool = Field(True, description="DELETE tombstones and erases")
     decoders: int = Field(1, ge=1, le=32, description="decoder processes per process")
+    renderers: int = Field(
+        1, ge=1, le=32, description="processes per process that draw volumes"
+    )
+    volume_cache_bytes: int = Field(
+        1 * GIB, ge=MIB, description="volumes that one web process keeps in memory"
+    )
 
 
 class Worker(_Part):

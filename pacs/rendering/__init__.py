@@ -1,0 +1,1 @@
+"""Pictures from pixels: rendering of frames, and of volumes made of many."""
