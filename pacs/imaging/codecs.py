@@ -181,13 +181,9 @@ class DecoderPool(WorkerPool):
         """
         if spec.frame_bytes > self._limits.inflated_bytes:
             raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
-        if transfer_syntax_uid == ENCAPSULATED_UNCOMPRESSED:
-            return _whole(bytes(data[: spec.frame_bytes]), spec)
-        if transfer_syntax_uid == DEFLATED_FRAMES:
-            return _inflated(data, spec)
         codec = CODECS.get(transfer_syntax_uid)
         if codec is None:
-            raise UnsupportedTransferSyntax(f"cannot decode {transfer_syntax_uid}")
+            return unwrapped(data, transfer_syntax_uid, spec)
         with self.counted(codec):
             return self._decoded(codec, data, spec)
 
@@ -202,6 +198,22 @@ class DecoderPool(WorkerPool):
         if len(body) != spec.frame_bytes:
             raise DependencyDown("the decoder answered nonsense")
         return body
+
+
+def unwrapped(data: Buffer, transfer_syntax_uid: str, spec: DecodeSpec) -> bytes:
+    """Return a frame that is only wrapped, or deflated: no codec is needed.
+
+    Raises
+    ------
+    MalformedObject
+    UnsupportedTransferSyntax
+        There is no decoder for it.
+    """
+    if transfer_syntax_uid == ENCAPSULATED_UNCOMPRESSED:
+        return _whole(bytes(data[: spec.frame_bytes]), spec)
+    if transfer_syntax_uid == DEFLATED_FRAMES:
+        return _inflated(data, spec)
+    raise UnsupportedTransferSyntax(f"cannot decode {transfer_syntax_uid}")
 
 
 def decode_arguments(codec: str, data: Buffer, spec: DecodeSpec) -> dict[str, Any]:
