@@ -60,6 +60,34 @@ class _FrameSource:
         return b"".join(self.read(offset, length) for offset, length in parts)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPixels:
+    """What a picture of an instance is made of, as stored.
+
+    Attributes
+    ----------
+    header : bytes
+        The data set before the pixels; all of it without any.
+    header_syntax, frame_syntax : str
+        What header and frames are in; a deflated data set comes inflated.
+    pixel_tag : int
+        Pixel Data, Float or Double Float Pixel Data; 0 without.
+    words : bool
+        Native samples of one byte lie in OW.
+    table : FrameTable
+    read_frame : callable
+        Returns the bytes of a frame, by its number from 1.
+    """
+
+    header: bytes
+    header_syntax: str
+    frame_syntax: str
+    pixel_tag: int
+    words: bool
+    table: FrameTable
+    read_frame: Callable[[int], bytes]
+
+
 class StoredFrames:
     """Finds frames and converts them.
 
@@ -177,6 +205,46 @@ class StoredFrames:
             native = ByteSource(length, lazy.read, EXPLICIT_LE, transcoded=True)
             forms.append(_form(native, EXPLICIT_LE))
         return forms
+
+    def pixels(self, instance: StoredInstance) -> StoredPixels:
+        """Return what a picture is made of; frames are read one by one.
+
+        Raises
+        ------
+        MalformedObject, TooLarge
+        """
+        source = self._source(instance)
+        uid = instance.transfer_syntax_uid
+        syntax = syntaxes.get(uid)
+        if syntax.deflated and source.scan is not None:
+            body, begin = source.scan.buffer, source.scan.header_end
+            head, uid = bytes(body[:begin]), EXPLICIT_LE
+            element = bytes(body[begin : begin + 8])
+        else:
+            # With the header of the pixel element behind it.
+            start = instance.dataset_offset
+            stop = instance.pixel_offset or instance.header_end
+            data = self._objects.read(instance, start, stop - start)
+            cut = instance.header_end - start
+            head, element = data[:cut], data[cut : cut + 8]
+        order = "<HH" if syntax.little_endian else ">HH"
+        tag = 0
+        if len(element) == 8:
+            group, number = struct.unpack_from(order, element)
+            tag = group << 16 | number
+
+        def read_frame(number: int) -> bytes:
+            return source.frame(source.table.ranges(number))
+
+        return StoredPixels(
+            head,
+            EXPLICIT_LE if syntax.encapsulated else uid,
+            uid,
+            tag,
+            syntax.explicit and element[4:6] == b"OW",
+            source.table,
+            read_frame,
+        )
 
     def _native(
         self,

@@ -24,7 +24,7 @@ from pacs.imaging.frames import FrameTable
 from pacs.imaging.part10 import file_meta
 from pacs.imaging.transcode import can_convert, to_syntax
 from pacs.repository import locate
-from pacs.services.frames import FrameForm, StoredFrames
+from pacs.services.frames import FrameForm, StoredFrames, StoredPixels
 from pacs.services.metadata import MetadataBody, SeriesBundles
 from pacs.services.sources import ByteSource, chunked
 from pacs.services.stored import StoredObjects
@@ -338,6 +338,10 @@ class RetrieveService:
     def frame_table(self, instance: StoredInstance) -> FrameTable:
         """Return where the frames are, from the first byte of the data set."""
         return self._frames.table(instance)
+
+    def pixels(self, instance: StoredInstance) -> StoredPixels:
+        """Return what a picture of an instance is made of; see `StoredFrames`."""
+        return self._frames.pixels(instance)
 
     def metadata(self, instance: StoredInstance) -> bytes:
         """Return the instance's attributes as one JSON object (PS3.18 Annex F)."""

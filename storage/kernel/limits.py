@@ -67,6 +67,9 @@ class Limits(BaseModel):
     archive_entries: int = Field(200_000, ge=1, description="entries of one ZIP")
     archive_bytes: int = Field(64 * GIB, ge=KIB, description="a ZIP, once inflated")
     archive_ratio: int = Field(200, ge=2, description="inflation of one ZIP entry")
+    rendered_pixels: int = Field(
+        32 * MIB, ge=KIB, description="pixels of one picture, or of one animation"
+    )
     decode_seconds: float = Field(30, gt=0, description="one decode request")
     decode_bytes: int = Field(
         2 * GIB, ge=MIB, description="address space a decoder may add"
