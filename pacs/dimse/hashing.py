@@ -1,7 +1,9 @@
-"""SHA-256 beside the work that goes on: while bytes are received, looked at, written.
+"""SHA-256 of what is received: of large data sets beside the work that goes on.
 
-On the way from the socket to the pack the digest costs most. A thread of the
-association computes it, fragment by fragment; small ones do not pay the hand-over.
+On the way from the socket to the pack the digest costs most. For a slice it is
+computed at once, while the next fragment is on its way: handing fragments to another
+thread would cost more than it saves. Of what is larger, a thread of the association
+computes the rest.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ import hashlib
 import threading
 from queue import SimpleQueue
 
-from storage.kernel.limits import KIB
+from storage.kernel.limits import MIB
 
-#: Fragments below this are hashed at once.
-SMALL = 64 * KIB
+#: Bytes of each data set that are hashed at once.
+AT_ONCE = 1 * MIB
 
 
 class RunningDigest:
@@ -22,13 +24,15 @@ class RunningDigest:
     def __init__(self, hasher: Hasher | None) -> None:
         self._hasher = hasher
         self._hash = hashlib.sha256()
+        self._size = 0
         self._pending = 0
         #: Made for the first fragment that is handed over: most objects are small.
         self._done: threading.Condition | None = None
 
     def update(self, data: memoryview) -> None:
         """Hash `data`, which must stay as it is until `settle` or `digest` returns."""
-        if self._hasher is None or (len(data) < SMALL and not self._pending):
+        self._size += len(data)
+        if self._hasher is None or self._size <= AT_ONCE:
             self._hash.update(data)
             return
         if self._done is None:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pacs.dimse.hashing import SMALL, Hasher
+from pacs.dimse.hashing import AT_ONCE, Hasher
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -17,8 +17,8 @@ from pacs.dimse.hashing import SMALL, Hasher
         (),
         (0,),
         (1, 2, 3),
-        (SMALL - 1, SMALL, SMALL + 1),
-        (SMALL * 4, 5, SMALL * 2, 0, 7),
+        (AT_ONCE - 1, AT_ONCE, AT_ONCE + 1),
+        (AT_ONCE * 4, 5, AT_ONCE * 2, 0, 7),
     ],
 )
 def test_pieces_of_any_size_make_one_digest(
@@ -39,7 +39,7 @@ def test_pieces_of_any_size_make_one_digest(
 def test_a_buffer_may_change_once_it_is_settled() -> None:
     hasher = Hasher()
     digest = hasher.begin(beside=True)
-    buffer = bytearray(b"a" * SMALL * 8)
+    buffer = bytearray(b"a" * AT_ONCE * 8)
     wanted = hashlib.sha256(buffer)
 
     digest.update(memoryview(buffer))
@@ -55,14 +55,14 @@ def test_a_buffer_may_change_once_it_is_settled() -> None:
 def test_data_sets_one_after_the_other_keep_their_own_digests() -> None:
     hasher = Hasher()
     first, second = hasher.begin(beside=True), hasher.begin(beside=True)
-    piece = memoryview(bytes(SMALL * 2))
+    piece = memoryview(bytes(AT_ONCE * 2))
 
     first.update(piece)
     second.update(piece)
     second.update(piece)
 
     assert first.digest() == hashlib.sha256(piece).digest()
-    assert second.digest() == hashlib.sha256(bytes(SMALL * 4)).digest()
+    assert second.digest() == hashlib.sha256(bytes(AT_ONCE * 4)).digest()
     hasher.close()
 
 
@@ -70,7 +70,10 @@ def test_the_thread_ends_with_the_association() -> None:
     before = threading.active_count()
     hasher = Hasher()
     digest = hasher.begin(beside=True)
-    digest.update(memoryview(bytes(SMALL)))
+    digest.update(memoryview(bytes(AT_ONCE)))
+    assert threading.active_count() == before, "a slice is hashed without a thread"
+    digest.update(memoryview(b"more"))
+    assert threading.active_count() == before + 1
     digest.digest()
 
     hasher.close()
