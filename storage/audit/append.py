@@ -15,8 +15,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from storage.audit import chain
-from storage.audit.chain import GENESIS, Head, Sealer
-from storage.audit.event import LENGTHS, MAX_DIGEST_BYTES, AuditEvent, clean
+from storage.audit.chain import CONTENT, GENESIS, Head, Sealer
+from storage.audit.event import MAX_DIGEST_BYTES, AuditEvent, detail_text, fitted
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
 from storage.kernel.errors import CorruptData
 
@@ -24,30 +24,69 @@ from storage.kernel.errors import CorruptData
 ANCHOR_RECORDS = 1000
 ANCHOR_US = 3600 * 1_000_000
 
-_INSERT = insert(AuditRecord).inline()
-_OPTIONAL = (
-    "object_tenant", "patient_id", "study_uid", "series_uid", "instance_uid",
-    "object_id",
-)  # fmt: skip
-_TEXTS = tuple(name for name in LENGTHS if name not in {"roles", "tenant", *_OPTIONAL})
+#: What the event gives of the content; before it stands what its place gives.
+_OF_PLACE = 7
+GIVEN = CONTENT[_OF_PLACE:]
+_TEXTS = GIVEN[: GIVEN.index("detail")]
+_COLUMNS = (*CONTENT, "hash", "key_id", "mac")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
-    """An event that is ready to be written.
+    """An event that is fit to be written.
 
     Attributes
     ----------
-    detail : str
-        A JSON object.
-    count : int
-        Accesses it stands for, the last of them at `last_us`.
+    time_us, last_us, count : int
+        It stands for `count` accesses, between these instants.
+    values : tuple
+        The recorded values of `GIVEN`.
     """
 
-    event: AuditEvent
-    detail: str
+    time_us: int
     last_us: int
-    count: int = 1
+    count: int
+    values: tuple[Any, ...]
+
+    def put(self, name: str, text: str) -> None:
+        """Give a field another text."""
+        at = GIVEN.index(name)
+        value = fitted(name, text)
+        self.values = (*self.values[:at], value, *self.values[at + 1 :])
+
+
+def entry_of(event: AuditEvent, now_us: int, detail_bytes: int) -> Entry:
+    """Return an event as it is written; what is wrong with it is found here.
+
+    Raises
+    ------
+    TypeError
+        A value is none that its field can hold.
+    """
+    time_us = event.time_us or now_us
+    values = [
+        str(event.outcome)
+        if name == "outcome"
+        else fitted(name, ",".join(sorted(event.roles)))
+        if name == "roles"
+        else fitted(name, getattr(event, name))
+        for name in _TEXTS
+    ]
+    return Entry(
+        time_us,
+        time_us,
+        1,
+        (
+            *values,
+            detail_text(event.detail, detail_bytes),
+            _digest(event.before),
+            _digest(event.after),
+        ),
+    )
+
+
+def _digest(value: bytes | None) -> bytes | None:
+    return None if value is None else bytes(value[:MAX_DIGEST_BYTES])
 
 
 def append(
@@ -73,23 +112,25 @@ def append(
         raise CorruptData(
             "audit: the head of the chain was changed: run `huying audit verify`"
         )
-    previous, rows = head.hash, []
-    for sequence, entry in enumerate(entries, head.sequence + 1):
-        made = _row(entry, stream, sequence, sealer.algorithm)
-        content = chain.canonical([made[name] for name in chain.CONTENT])
-        previous = chain.link(sealer.algorithm, previous, content)
-        made["hash"] = previous
-        made["key_id"] = sealer.key_id
-        made["mac"] = sealer.record(sequence, previous)
-        rows.append(made)
-    if not rows:
+    if not entries:
         return head, head
-    try:
-        connection.execute(_INSERT, rows)
-    except IntegrityError as error:
-        raise CorruptData(
-            "audit: the chain goes on after its head: run `huying audit verify`"
-        ) from error
+    previous = head.hash
+    rows: list[tuple[Any, ...]] = []
+    for sequence, entry in enumerate(entries, head.sequence + 1):
+        content = (
+            chain.FORMAT,
+            sealer.algorithm,
+            stream,
+            sequence,
+            entry.time_us,
+            entry.last_us,
+            entry.count,
+            *entry.values,
+        )
+        previous = chain.link(sealer.algorithm, previous, chain.canonical(content))
+        signature = sealer.record(sequence, previous)
+        rows.append((*content, previous, sealer.key_id, signature))
+    _insert(connection, rows)
     new = replace(
         head, sequence=head.sequence + len(rows), hash=previous, time_us=now_us
     )
@@ -102,6 +143,20 @@ def append(
         .values(**_signed(new, sealer), anchor_us=now_us if anchored else row.anchor_us)
     )
     return head, new
+
+
+def _insert(connection: Connection, rows: list[tuple[Any, ...]]) -> None:
+    """Add records by the driver itself: at a third less than the toolkit's price."""
+    mark = "?" if connection.dialect.name == "sqlite" else "%s"
+    names = ", ".join(f'"{name}"' for name in _COLUMNS)
+    marks = ", ".join([mark] * len(_COLUMNS))
+    statement = f"INSERT INTO audit_record ({names}) VALUES ({marks})"  # noqa: S608
+    try:
+        connection.exec_driver_sql(statement, rows)
+    except IntegrityError as error:
+        raise CorruptData(
+            "audit: the chain goes on after its head: run `huying audit verify`"
+        ) from error
 
 
 def head_of(row: Any) -> Head:
@@ -179,31 +234,3 @@ def _locked(connection: Connection, stream: str, sealer: Sealer, now_us: int) ->
         .on_conflict_do_nothing()
     )
     return connection.execute(query).one()
-
-
-def _row(entry: Entry, stream: str, sequence: int, algorithm: str) -> dict[str, Any]:
-    event = entry.event
-    row: dict[str, Any] = {
-        "format": chain.FORMAT,
-        "alg": algorithm,
-        "stream": stream,
-        "sequence": sequence,
-        "time_us": event.time_us,
-        "last_us": entry.last_us,
-        "count": entry.count,
-        "tenant": clean(event.tenant, LENGTHS["tenant"]),
-        "roles": clean(",".join(sorted(event.roles)), LENGTHS["roles"]),
-        "outcome": str(event.outcome),
-        "detail": entry.detail,
-        "before": _digest(event.before),
-        "after": _digest(event.after),
-    }
-    for name in _TEXTS:
-        row[name] = clean(getattr(event, name), LENGTHS[name])
-    for name in _OPTIONAL:
-        row[name] = clean(getattr(event, name), LENGTHS[name]) or None
-    return row
-
-
-def _digest(value: bytes | None) -> bytes | None:
-    return None if value is None else bytes(value[:MAX_DIGEST_BYTES])

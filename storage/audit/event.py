@@ -157,6 +157,28 @@ def clean(text: str, length: int) -> str:
     return text if text.isprintable() else text.translate(_VISIBLE)
 
 
+#: Fields of which "" means none, and is no value in the record.
+_OPTIONAL = frozenset(
+    (
+        "object_tenant",
+        "patient_id",
+        "study_uid",
+        "series_uid",
+        "instance_uid",
+        "object_id",
+    )
+)
+
+
+def fitted(name: str, text: str) -> str | None:
+    """Return the text of a field of `LENGTHS` as it is recorded."""
+    if type(text) is not str:
+        # Members of enumerations: a driver may write their names.
+        text = str.__str__(text)
+    kept = clean(text, LENGTHS[name])
+    return kept or None if name in _OPTIONAL else kept
+
+
 def detail_text(detail: Detail | None, allowed: int) -> str:
     """Return `detail` as a JSON object of at most `allowed` bytes in UTF-8.
 

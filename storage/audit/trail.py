@@ -14,12 +14,12 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Connection, select
 
-from storage.audit.append import Entry, append
+from storage.audit.append import GIVEN, Entry, append, entry_of
 from storage.audit.chain import Head
 from storage.audit.event import AuditEvent, Outcome, detail_text
 from storage.audit.keys import Memory, Seen, own_key
@@ -42,20 +42,38 @@ FOLD_SECONDS = 10.0
 BATCH = 2000
 #: Records that wait before they are written without waiting for their time.
 EAGER = 1000
+#: Characters of a key that is kept in memory.
+KEY_CHARS = 8192
+
+_INSTANCE = GIVEN.index("instance_uid")
 
 
 @dataclass(slots=True)
 class _Fold:
-    """Reads of one object by one actor since the last record of them.
+    """Reads of one object by one actor.
 
-    `count` is 0 while there are none: the key is only kept to fold those to come.
+    Attributes
+    ----------
+    waiting : Entry or None
+        Those that are not written yet; without any, only the key is kept, to fold
+        those to come.
+    due : float
+        When they are written, or the key is forgotten (monotonic seconds).
     """
 
-    event: AuditEvent
-    detail: str
-    last_us: int
-    count: int
+    waiting: Entry | None
     due: float
+
+    def add(self, more: int, last_us: int, instance: str | None) -> None:
+        """Let what waits stand for `more` accesses."""
+        entry = self.waiting
+        if entry is None:
+            raise ValueError("nothing waits")
+        entry.count += more
+        entry.last_us = max(entry.last_us, last_us)
+        if entry.values[_INSTANCE] not in {None, instance}:
+            # Several: the record names what they have in common.
+            entry.put("instance_uid", "")
 
 
 class AuditTrail:
@@ -95,7 +113,7 @@ class AuditTrail:
         self._memory = Memory(folder, stream, self._sealer)
         self._group = GroupCommit(self._commit_group, max_items=BATCH)
         self._lock = threading.Lock()
-        self._folds: dict[tuple[object, ...], _Fold] = {}
+        self._folds: dict[tuple[str, ...], _Fold] = {}
         self._waiting = 0
         #: Since when the writer has tried to write what it could not yet.
         self._behind_since: float | None = None
@@ -121,30 +139,35 @@ class AuditTrail:
             return
         now = time.monotonic()
         now_us = event.time_us or self._clock.now_us()
-        detail = self._detail(event)
-        key = _key(event, detail)
+        key = self._key(event)
         with self._lock:
             self._refuse_if_behind(now)
             fold = self._folds.get(key)
-            if fold is not None and fold.count:
-                fold.count += 1
-                fold.last_us = max(fold.last_us, now_us)
-                if fold.event.instance_uid != event.instance_uid:
-                    fold.event = replace(fold.event, instance_uid="")
+            if fold is not None and fold.waiting is not None:
+                fold.add(1, now_us, event.instance_uid)
                 return
-            if self._waiting >= self._limits.audit_pending:
-                raise DependencyDown("audit: too many accesses wait to be written")
-            self._waiting += 1
-            if event.time_us != now_us:
-                event = replace(event, time_us=now_us)
-            if fold is not None:
-                fold.event, fold.last_us, fold.count = event, now_us, 1
-                return
-            due = now + self._flush_seconds
-            self._folds[key] = _Fold(event, detail, now_us, 1, due)
-            self._start()
-            if self._waiting == EAGER:
-                self._wake.set()
+        entry = entry_of(event, now_us, self._limits.audit_detail_bytes)
+        if sum(map(len, key)) > KEY_CHARS:
+            # Bound: what is kept in memory is cut as the record is.
+            key = tuple(str(value) for value in entry.values[:_INSTANCE])
+        with self._lock:
+            self._wait_for(key, entry, now)
+
+    def _wait_for(self, key: tuple[str, ...], entry: Entry, now: float) -> None:
+        fold = self._folds.get(key)
+        if fold is not None and fold.waiting is not None:
+            fold.add(1, entry.last_us, entry.values[_INSTANCE])
+            return
+        if self._waiting >= self._limits.audit_pending:
+            raise DependencyDown("audit: too many accesses wait to be written")
+        self._waiting += 1
+        if fold is not None:
+            fold.waiting = entry
+            return
+        self._folds[key] = _Fold(entry, now + self._flush_seconds)
+        self._start()
+        if self._waiting == EAGER:
+            self._wake.set()
 
     def record_now(self, event: AuditEvent) -> None:
         """Record a decision or a change; it is durable when this returns.
@@ -158,7 +181,7 @@ class AuditTrail:
         """
         entry = self._entry(event)
         try:
-            self._group.submit(entry, len(entry.detail))
+            self._group.submit(entry, 0)
         except DependencyDown:
             raise
         except ImagingError as error:
@@ -195,21 +218,35 @@ class AuditTrail:
             self.flush()
         except ImagingError:
             with self._lock:
-                lost = sum(fold.count for fold in self._folds.values())
+                waiting = [fold.waiting for fold in self._folds.values()]
+                lost = sum(entry.count for entry in waiting if entry is not None)
             log.exception(
                 "audited reads were lost",
                 extra={"event": "audit.lost", "accesses": lost},
             )
 
-    def _detail(self, event: AuditEvent) -> str:
-        if not event.detail:
-            return "{}"
-        return detail_text(event.detail, self._limits.audit_detail_bytes)
-
     def _entry(self, event: AuditEvent) -> Entry:
-        if not event.time_us:
-            event = replace(event, time_us=self._clock.now_us())
-        return Entry(event, self._detail(event), event.time_us)
+        return entry_of(event, self._clock.now_us(), self._limits.audit_detail_bytes)
+
+    def _key(self, event: AuditEvent) -> tuple[str, ...]:
+        """Return what reads must share to be one record: all but time and instance."""
+        return (
+            event.actor,
+            event.action,
+            event.series_uid,
+            event.study_uid,
+            event.patient_id,
+            event.object_kind,
+            event.object_id,
+            event.object_tenant,
+            event.tenant,
+            event.session,
+            event.source,
+            event.door,
+            event.purpose,
+            event.reason,
+            detail_text(event.detail, self._limits.audit_detail_bytes),
+        )
 
     def _refuse_if_behind(self, now: float) -> None:
         if self._closed:
@@ -249,26 +286,25 @@ class AuditTrail:
             with self._lock:
                 self._behind_since = None
 
-    def _take(self, now: float) -> list[tuple[tuple[object, ...], Entry]]:
-        """Return a batch of due folds, counted down to 0; forget the idle ones."""
-        taken: list[tuple[tuple[object, ...], Entry]] = []
+    def _take(self, now: float) -> list[tuple[tuple[str, ...], Entry]]:
+        """Return a batch of what is due; forget the keys that are due without any."""
+        taken: list[tuple[tuple[str, ...], Entry]] = []
         started = time.monotonic()
         with self._lock:
             eager = self._waiting >= EAGER
             # Bound: keys that are only kept to fold what may come.
             crowded = len(self._folds) > self._limits.audit_pending
             for key, fold in list(self._folds.items()):
-                if fold.due > now and not (eager and fold.count):
+                entry = fold.waiting
+                if fold.due > now and not (eager and entry is not None):
                     continue
-                if not fold.count:
+                if entry is None:
                     del self._folds[key]
                     continue
                 if len(taken) == BATCH:
                     break
-                taken.append(
-                    (key, Entry(fold.event, fold.detail, fold.last_us, fold.count))
-                )
-                fold.count = 0
+                taken.append((key, entry))
+                fold.waiting = None
                 fold.due = started + self._fold_seconds
                 if crowded:
                     del self._folds[key]
@@ -277,24 +313,18 @@ class AuditTrail:
                 self._behind_since = started
         return taken
 
-    def _give_back(self, entries: Sequence[tuple[tuple[object, ...], Entry]]) -> None:
+    def _give_back(self, entries: Sequence[tuple[tuple[str, ...], Entry]]) -> None:
         """Let entries that were not written wait on."""
         with self._lock:
             now = time.monotonic()
             for key, entry in entries:
                 fold = self._folds.get(key)
-                if fold is None or not fold.count:
+                later = fold.waiting if fold is not None else None
+                self._folds[key] = given = _Fold(entry, now)
+                if later is None:
                     self._waiting += 1
-                    self._folds[key] = _Fold(
-                        entry.event, entry.detail, entry.last_us, entry.count, now
-                    )
-                    continue
-                if fold.event.instance_uid != entry.event.instance_uid:
-                    fold.event = replace(entry.event, instance_uid="")
                 else:
-                    fold.event = entry.event
-                fold.count += entry.count
-                fold.due = now
+                    given.add(later.count, later.last_us, later.values[_INSTANCE])
 
     def _commit_group(self, tickets: Sequence[Ticket[Entry]]) -> None:
         self._commit([ticket.item for ticket in tickets])
@@ -344,24 +374,3 @@ class AuditTrail:
                 )
             )
         return None if found is None else bytes(found)
-
-
-def _key(event: AuditEvent, detail: str) -> tuple[object, ...]:
-    """Return what reads must share to be one record: all but time and instance."""
-    return (
-        event.actor,
-        event.action,
-        event.series_uid,
-        event.study_uid,
-        event.patient_id,
-        event.object_kind,
-        event.object_id,
-        event.object_tenant,
-        event.tenant,
-        event.session,
-        event.source,
-        event.door,
-        event.purpose,
-        event.reason,
-        detail,
-    )
