@@ -30,8 +30,13 @@ from fastapi import FastAPI
 import pacs.web.dependencies
 import viewer.app
 from gateway import metrics, pages
-from gateway.http import api, application, health
+from gateway.http import access, api, application, health
+from gateway.http.client import Clients
 from gateway.http.protocol import BoundedProtocol
+from gateway.http.rules import RuleTable
+from gateway.identity import assembly
+from gateway.identity import routes as identity_routes
+from gateway.identity.pages import login_page
 from gateway.worker import (
     PRUNE_SECONDS,
     Follower,
@@ -133,6 +138,7 @@ class Node:
     decoders: DecoderPool
     book: PackBook
     audit: AuditTrail
+    identity: assembly.Identity
 
     def close(self) -> None:
         """Close packs, decoders and connections; reads are audited till the end."""
@@ -192,6 +198,7 @@ def open_node(settings: Settings) -> Node:
     policy = AccessPolicy(
         our_aes=our_aes(settings), peers=peers, open_access=settings.open
     )
+    audit = AuditTrail(database, clock, settings.data / AUDIT, limits=settings.limits)
     retrieve = RetrieveService(
         database=database,
         reader=reader,
@@ -233,8 +240,13 @@ def open_node(settings: Settings) -> Node:
         policy=policy,
         decoders=decoders,
         book=book,
-        audit=AuditTrail(
-            database, clock, settings.data / AUDIT, limits=settings.limits
+        audit=audit,
+        identity=assembly.assemble(
+            database=database,
+            clock=clock,
+            settings=settings.identity,
+            policy=policy,
+            trail=audit,
         ),
     )
 
@@ -366,6 +378,8 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
     base = pacs.web.dependencies.BaseUrl(
         settings.http.external_url.rstrip("/"), from_host=settings.open
     )
+    clients = Clients(settings.http.trusted_proxies, settings.http.external_url)
+    cookie = identity_routes.CookieForm(base.configured.startswith("https://"))
 
     def given(value: Any) -> Callable[[], Any]:
         async def dependency() -> Any:
@@ -376,7 +390,7 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
         return dependency
 
     async def current_actor() -> Any:
-        return node.policy.current_user()
+        return access.acting()
 
     current_actor.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
 
@@ -385,6 +399,8 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             *((DICOMWEB, router) for router in DICOMWEB_ROUTERS),
             *((api.PREFIX, router) for router in REST_ROUTERS),
             (api.PREFIX, api.router),
+            (identity_routes.PREFIX, identity_routes.router),
+            ("", identity_routes.pages),
             ("", health.router),
             ("", viewer.app.router),
         ],
@@ -398,6 +414,18 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             store.intake: given(intake),
             api.current_actor: current_actor,
             api.services: given(services),
+            identity_routes.services: given(
+                identity_routes.Services(
+                    logins=node.identity.logins,
+                    accounts=node.identity.accounts,
+                    tokens=node.identity.tokens,
+                    tickets=node.identity.tickets,
+                    clients=clients,
+                    cookie=cookie,
+                    external_url=base.configured,
+                    login_page=login_page(200),
+                )
+            ),
             health.readiness: given(looking),
             health.metrics_token: given(settings.http.metrics_token.get_secret_value()),
             viewer.app.current_actor: current_actor,
@@ -407,6 +435,18 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
         },
         version=version,
         open_access=settings.open,
+        gate={
+            "rules": RuleTable(),
+            "policy": node.policy,
+            "sessions": node.identity.sessions,
+            "logins": node.identity.logins,
+            "trail": node.audit,
+            "clients": clients,
+            "cookie": cookie.name,
+            "open_access": settings.open,
+            "basic": settings.identity.basic,
+            "login_page": login_page(401),
+        },
     )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gateway.audit_cli import audit_app
 from gateway.dicom_cli import add_commands as add_dicom_commands
 from gateway.options import Aet, Config, Data, Dimse, Http, Open, opened, settings_for
 from storage.kernel.errors import Conflict, ImagingError, InvalidParameter
@@ -40,6 +41,7 @@ db_app = typer.Typer(help="The index database.", no_args_is_help=True)
 app.add_typer(peer_app, name="peer")
 add_dicom_commands(app, peer_app)
 app.add_typer(db_app, name="db")
+app.add_typer(audit_app, name="audit")
 
 #: Rejected files that an import lists; the rest is counted.
 LISTED = 50
@@ -425,7 +427,11 @@ def db_current(*, data: Data = None, config: Config = None) -> None:
 @db_app.command("check")
 def db_check(*, data: Data = None, config: Config = None) -> None:
     """Compare the database with the tables this version uses."""
-    for tables in ("storage.db.tables", "pacs.repository.tables"):
+    for tables in (
+        "storage.db.tables",
+        "pacs.repository.tables",
+        "gateway.identity.tables",
+    ):
         import_module(tables)  # registers them
     from storage.db import migrate
 

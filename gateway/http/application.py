@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ExceptionHandler
 
+from gateway.http.access import Gate
 from gateway.http.middleware import LoopbackOnly, Timing
 from pacs.web.problems import problem_response
 from storage.kernel.errors import ImagingError, InvalidParameter
@@ -25,6 +26,7 @@ def build(
     dependencies: Mapping[Callable[..., Any], Callable[..., Any]],
     version: str,
     open_access: bool,
+    gate: Mapping[str, Any],
     allowed_hosts: tuple[str, ...] = (),
 ) -> FastAPI:
     """Return the ASGI application.
@@ -37,6 +39,8 @@ def build(
         Declared dependency to what replaces it.
     open_access : bool
         No logins: pages of other sites are kept away instead.
+    gate : mapping
+        Arguments of `gateway.http.access.Gate`.
     """
     app = FastAPI(
         title="Huying",
@@ -58,6 +62,7 @@ def build(
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
+    app.add_middleware(Gate, **gate)
     if open_access:
         app.add_middleware(LoopbackOnly, allowed_hosts=allowed_hosts)
     app.add_middleware(Timing)

@@ -28,6 +28,7 @@ class Action(StrEnum):
     FOLLOW = "follow"
     MEASURE = "measure"
     INSPECT = "inspect"
+    PAGE = "page"
     ADMINISTER = "administer"
     READ_ACCOUNTS = "read_accounts"
     KEEP_ACCOUNTS = "keep_accounts"
@@ -48,6 +49,7 @@ class Kind(StrEnum):
     ACCOUNT = "accounts"
     TOKEN = "tokens"  # noqa: S105  # a kind of thing
     AUDIT = "audit records"
+    PAGE = "web page"
 
 
 class Relation(StrEnum):
@@ -148,6 +150,8 @@ PERMISSIONS: Final[Mapping[Action, tuple[Kind, Mapping[Role, Relations]]]] = {
         Kind.NODE,
         {role: _O for role in GRANTABLE if role is not Role.PATIENT},
     ),
+    # What the page shows, it asks for with the rights of who looks at it.
+    Action.PAGE: (Kind.PAGE, dict.fromkeys((*GRANTABLE, Role.TICKET), _S)),
     Action.ECHO: (Kind.NODE, {Role.ADMINISTRATOR: _O, Role.MODALITY: _O}),
     Action.ADMINISTER: (Kind.PEER, {Role.ADMINISTRATOR: _O}),
     Action.READ_ACCOUNTS: (

@@ -25,6 +25,7 @@ from storage.kernel.errors import (
     NotFound,
     StorageFull,
     TooLarge,
+    TooManyAttempts,
     Unavailable,
     Unsupported,
     UnsupportedSopClass,
@@ -43,6 +44,7 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (NotFound, 404),
     (Conflict, 409),
     (NotAuthenticated, 401),
+    (TooManyAttempts, 429),
     (NotAllowed, 403),
     (StorageFull, 507),
     (CorruptData, 500),
@@ -110,6 +112,8 @@ def problem_response(error: Exception) -> Response:
     headers = {}
     if isinstance(error, Unavailable) and status == 503:
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    if isinstance(error, TooManyAttempts):
+        headers["Retry-After"] = str(error.retry_seconds)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return problem(status, error.code, str(error), headers)

@@ -12,6 +12,8 @@
     - DuplicateInstance     the UID is taken by other content
     - NewerSchema           the index was written by a newer version
   + NotAllowed            the caller may not do this
+    - NotAuthenticated      nobody has said who asks
+    - TooManyAttempts       guessing is over for a while
   + Unavailable           our side is short of something; retry later
     - StorageFull           the free-space guard or the disk said no
     - DependencyDown        database, object store or peer does not answer
@@ -166,6 +168,27 @@ class NotAuthenticated(NotAllowed):
     """Nobody has said who asks."""
 
     code = "not_authenticated"
+
+
+class CodeNeeded(NotAuthenticated):
+    """The password is right; a code of the second factor is needed beside it."""
+
+    code = "not_authenticated.code"
+
+
+class TooManyAttempts(NotAllowed):
+    """Attempts to log in are not looked at for a while.
+
+    Attributes
+    ----------
+    retry_seconds : int
+    """
+
+    code = "not_allowed.attempts"
+
+    def __init__(self, retry_seconds: int) -> None:
+        super().__init__(f"too many attempts; try again in {retry_seconds} seconds")
+        self.retry_seconds = retry_seconds
 
 
 class Unavailable(ImagingError):

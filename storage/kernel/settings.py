@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -32,6 +33,16 @@ from storage.kernel.limits import GIB, MIB, Limits
 AeTitle = Annotated[
     str, StringConstraints(pattern=r"^[ -\[\]-~]{1,16}$", strip_whitespace=True)
 ]
+
+
+def _words(value: Any) -> Any:
+    """Take a list from the environment, where it is text with commas."""
+    if isinstance(value, str):
+        return [one.strip() for one in value.split(",") if one.strip()]
+    return value
+
+
+Listed = BeforeValidator(_words)
 
 
 class _Part(BaseModel):
@@ -80,6 +91,68 @@ class Http(_Part):
     body_seconds: float = Field(60, gt=0, description="longest wait for body bytes")
     metrics_token: SecretStr = Field(
         SecretStr(""), description="bearer token of /metrics; empty: closed"
+    )
+    trusted_proxies: Annotated[tuple[str, ...], Listed] = Field(
+        (), description="addresses whose X-Forwarded-For is believed"
+    )
+
+
+class Identity(_Part):
+    """Accounts, logins, sessions, tokens, launch tickets."""
+
+    min_length: int = Field(10, ge=10, le=64, description="characters of a password")
+    password_days: float = Field(
+        90, ge=0, description="a password must be changed after these; 0: never"
+    )
+    password_history: int = Field(
+        5, ge=0, le=24, description="passwords that cannot be taken again"
+    )
+    hash_memory_kib: int = Field(
+        65_536, ge=8, description="memory of one argon2id hash, KiB"
+    )
+    hash_passes: int = Field(3, ge=1, le=16, description="passes of argon2id")
+    account_failures: int = Field(
+        5, ge=1, le=100, description="failed logins with one name before its lock"
+    )
+    address_failures: int = Field(
+        20, ge=1, le=10_000, description="failed logins from one address, likewise"
+    )
+    lock_seconds: float = Field(900, gt=0, description="how long a lock lasts")
+    second_factor: Annotated[
+        frozenset[
+            Literal[
+                "administrator",
+                "security_administrator",
+                "auditor",
+                "archive_manager",
+                "radiologist",
+                "reviewer",
+                "clinician",
+                "patient",
+            ]
+        ],
+        Listed,
+    ] = Field(
+        frozenset({"administrator", "security_administrator", "auditor"}),
+        description="roles that need a code beside the password",
+    )
+    idle_minutes: float = Field(30, gt=0, le=30, description="unused session ends")
+    session_hours: float = Field(12, gt=0, le=24, description="any session ends")
+    max_sessions: int = Field(
+        3, ge=1, le=20, description="of one account; a new login ends the oldest"
+    )
+    ticket_seconds: float = Field(
+        60, gt=0, le=3600, description="a launch ticket must be used within these"
+    )
+    ticket_minutes: float = Field(
+        30, gt=0, le=720, description="what a ticket opened ends; unused, in half"
+    )
+    token_days: float = Field(
+        365, gt=0, le=3660, description="longest life of a machine's token"
+    )
+    basic: bool = Field(
+        default=False,
+        description="HTTP Basic for DICOMweb clients, over TLS or on loopback only",
     )
 
 
@@ -236,6 +309,7 @@ class Settings(_Part):
     open: bool = Field(False, description="no logins; loopback only")
     node: Node = Node()
     http: Http = Http()
+    identity: Identity = Identity()
     dimse: Dimse = Dimse()
     database: Database = Database()
     packs: Packs = Packs()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import inspect, text
 
+import gateway.identity.tables
 import pacs.repository.tables
 import storage.db.tables
 from storage.db import migrate
@@ -21,7 +22,7 @@ from storage.kernel.errors import (
 )
 
 #: Importing them registers their tables.
-TABLES = (storage.db.tables, pacs.repository.tables)
+TABLES = (storage.db.tables, pacs.repository.tables, gateway.identity.tables)
 
 
 @pytest.fixture
