@@ -29,6 +29,7 @@ from fastapi import FastAPI
 
 import pacs.web.dependencies
 import viewer.app
+from gateway import audit as audit_routes
 from gateway import metrics, pages
 from gateway.http import access, api, application, health
 from gateway.http.client import Clients
@@ -81,6 +82,8 @@ from pacs.web.routes import DICOMWEB as DICOMWEB_ROUTERS
 from pacs.web.routes import REST as REST_ROUTERS
 from storage import activity
 from storage.audit import AuditTrail
+from storage.audit.search import AuditReader
+from storage.audit.trail import FOLDER as AUDIT
 from storage.db.engine import Database
 from storage.jobs.runner import JobRunner, Retry
 from storage.kernel.clock import SystemClock
@@ -97,7 +100,6 @@ log = logging.getLogger(__name__)
 
 PACKS = "packs"
 OBJECTS = "objects"
-AUDIT = "audit"
 DICOMWEB = "/dicom-web"
 #: Requests under way when a web process is told to stop have this long to end.
 DRAIN_SECONDS = 15
@@ -399,6 +401,7 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             *((DICOMWEB, router) for router in DICOMWEB_ROUTERS),
             *((api.PREFIX, router) for router in REST_ROUTERS),
             (api.PREFIX, api.router),
+            (api.PREFIX, audit_routes.router),
             (identity_routes.PREFIX, identity_routes.router),
             ("", identity_routes.pages),
             ("", health.router),
@@ -414,6 +417,9 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             store.intake: given(intake),
             api.current_actor: current_actor,
             api.services: given(services),
+            audit_routes.services: given(
+                audit_routes.Services(AuditReader(node.database), node.policy)
+            ),
             identity_routes.services: given(
                 identity_routes.Services(
                     logins=node.identity.logins,
@@ -456,6 +462,7 @@ def readiness(node: Node, version: str) -> health.Readiness:
         "index": node.database.ping,
         "packs": partial(_can_write, pack_folder(node.settings)),
         "space": node.packs.check_space,
+        "audit": node.audit.check,
     }
     degrading: dict[str, Callable[[], None]] = {"objects": node.objects.health}
     if node.settings.objects.kind == "files":

@@ -47,7 +47,10 @@ CONFINED = {
     "fastapi": ("pacs/web/", "gateway/", "viewer/"),
     "starlette": ("pacs/web/", "gateway/", "viewer/"),
     "uvicorn": ("gateway/",),
-    "typer": ("gateway/cli.py", "gateway/dicom_cli.py", "gateway/options.py"),
+    "typer": (
+        "gateway/audit_cli.py", "gateway/cli.py", "gateway/dicom_cli.py",
+        "gateway/identity/commands.py", "gateway/options.py",
+    ),
     "rich": ("gateway/",),
     "dbos": ("storage/jobs/runner.py",),
     "minio": ("storage/objects/",),

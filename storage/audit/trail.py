@@ -32,6 +32,8 @@ from storage.kernel.limits import Limits
 
 log = logging.getLogger(__name__)
 
+#: Where key and memory lie in the data folder.
+FOLDER = "audit"
 #: The chain of all that doors record.
 STREAM = "access"
 #: How long a first read of an object waits to be written, at most.
@@ -195,6 +197,11 @@ class AuditTrail:
         """
         now_us = self._clock.now_us()
         append(connection, self._stream, [self._entry(event)], self._sealer, now_us)
+
+    def check(self) -> None:
+        """Raise DependencyDown while reads are refused."""
+        with self._lock:
+            self._refuse_if_behind(time.monotonic())
 
     def flush(self) -> None:
         """Write all reads that wait.
