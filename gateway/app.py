@@ -29,8 +29,9 @@ from fastapi import FastAPI
 
 import pacs.web.dependencies
 import viewer.app
+import viewer.endpoints
 from gateway import audit as audit_routes
-from gateway import metrics, pages
+from gateway import metrics, pages, viewing
 from gateway.http import access, api, application, health
 from gateway.http.client import Clients
 from gateway.http.protocol import BoundedProtocol
@@ -139,11 +140,13 @@ class Node:
     policy: AccessPolicy
     decoders: DecoderPool
     book: PackBook
+    views: viewing.Views
     audit: AuditTrail
     identity: assembly.Identity
 
     def close(self) -> None:
         """Close packs, decoders and connections; reads are audited till the end."""
+        self.views.close()
         self.decoders.close()
         self.packs.close()
         try:
@@ -208,6 +211,7 @@ def open_node(settings: Settings) -> Node:
         limits=settings.limits,
         on_corrupt=metrics.CORRUPT_READS.inc,
     )
+    query = QueryService(database=database, limits=settings.limits, headers=retrieve)
     return Node(
         settings=settings,
         clock=clock,
@@ -225,7 +229,7 @@ def open_node(settings: Settings) -> Node:
             node_id=settings.node.id,
             observer=metrics.IngestMetrics(),
         ),
-        query=QueryService(database=database, limits=settings.limits, headers=retrieve),
+        query=query,
         retrieve=retrieve,
         deletion=DeletionService(
             database=database,
@@ -242,6 +246,7 @@ def open_node(settings: Settings) -> Node:
         policy=policy,
         decoders=decoders,
         book=book,
+        views=viewing.open_views(query, retrieve, settings, metrics.DecoderMetrics()),
         audit=audit,
         identity=assembly.assemble(
             database=database,
@@ -406,6 +411,7 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             ("", identity_routes.pages),
             ("", health.router),
             ("", viewer.app.router),
+            ("", viewer.endpoints.router),
         ],
         dependencies={
             pacs.web.dependencies.current_actor: current_actor,
@@ -438,6 +444,12 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             viewer.app.study_directory: given(directory),
             viewer.app.activity_source: given(counted),
             viewer.app.node_card: given(card),
+            viewer.endpoints.current_actor: current_actor,
+            viewer.endpoints.access_policy: given(node.policy),
+            **{
+                wanted: given(part)
+                for wanted, part in viewing.dependencies(node.views).items()
+            },
         },
         version=version,
         open_access=settings.open,

@@ -115,6 +115,11 @@ def describe(series: Sequence[Attributes]) -> Described:
     )
 
 
+def planes_of(attributes: Attributes) -> list[Plane]:
+    """Return the planes of the frames of one instance, whatever its pixels are."""
+    return _planes(0, attributes)
+
+
 def _samples(attributes: Attributes) -> Samples | None:
     if whole(attributes, "00280002") not in {1, None}:
         return None

@@ -12,6 +12,7 @@ import orjson
 from fastapi import Response
 from starlette.exceptions import HTTPException
 
+from pacs.rendering.volume import NotAVolume
 from storage.kernel.errors import (
     Conflict,
     CorruptData,
@@ -37,6 +38,7 @@ RETRY_AFTER_SECONDS = 5
 
 #: The first class that matches wins.
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (
+    (NotAVolume, 422),
     (Unsupported, 406),
     (TooLarge, 413),
     (InvalidInput, 400),
