@@ -62,6 +62,7 @@ from pacs.services import commitment as commitment_service
 from pacs.services import forwarding as forwarding_service
 from pacs.services import sealing as sealing_service
 from pacs.services import settling as settling_service
+from pacs.services import thumbnails as thumbnail_service
 from pacs.services.commitment import CommitmentService
 from pacs.services.deletion import DeletionService
 from pacs.services.describe import Rules
@@ -73,14 +74,17 @@ from pacs.services.peers import PeerService
 from pacs.services.policy import AccessPolicy
 from pacs.services.query import QueryService
 from pacs.services.recovery import Recovery
+from pacs.services.rendering import RenderService
 from pacs.services.retirement import Retirement
 from pacs.services.retrieve import RetrieveService
 from pacs.services.sealing import Sealing
 from pacs.services.settling import Settling
-from pacs.web import delete, retrieve, search, store
+from pacs.services.thumbnails import ThumbnailService
+from pacs.web import delete, rendered, retrieve, search, store
 from pacs.web.intake import Intake
 from pacs.web.routes import DICOMWEB as DICOMWEB_ROUTERS
 from pacs.web.routes import REST as REST_ROUTERS
+from pacs.web.routes import WADO_URI as WADO_URI_ROUTERS
 from storage import activity
 from storage.audit import AuditTrail
 from storage.audit.search import AuditReader
@@ -134,6 +138,8 @@ class Node:
     ingest: IngestService
     query: QueryService
     retrieve: RetrieveService
+    render: RenderService
+    thumbnails: ThumbnailService
     deletion: DeletionService
     settling: Settling
     peers: PeerService
@@ -211,6 +217,7 @@ def open_node(settings: Settings) -> Node:
         limits=settings.limits,
         on_corrupt=metrics.CORRUPT_READS.inc,
     )
+    render = RenderService(retrieve=retrieve, workers=decoders)
     query = QueryService(database=database, limits=settings.limits, headers=retrieve)
     return Node(
         settings=settings,
@@ -231,6 +238,10 @@ def open_node(settings: Settings) -> Node:
         ),
         query=query,
         retrieve=retrieve,
+        render=render,
+        thumbnails=ThumbnailService(
+            database=database, retrieve=retrieve, render=render
+        ),
         deletion=DeletionService(
             database=database,
             packs=packs,
@@ -404,6 +415,7 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
     return application.build(
         routers=[
             *((DICOMWEB, router) for router in DICOMWEB_ROUTERS),
+            *(("", router) for router in WADO_URI_ROUTERS),
             *((api.PREFIX, router) for router in REST_ROUTERS),
             (api.PREFIX, api.router),
             (api.PREFIX, audit_routes.router),
@@ -418,6 +430,8 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             pacs.web.dependencies.access_policy: given(node.policy),
             pacs.web.dependencies.base_url: given(base),
             delete.deletion_service: given(node.deletion),
+            rendered.render_service: given(node.render),
+            rendered.thumbnail_service: given(node.thumbnails),
             retrieve.retrieve_service: given(node.retrieve),
             search.query_service: given(node.query),
             store.intake: given(intake),
@@ -444,12 +458,7 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             viewer.app.study_directory: given(directory),
             viewer.app.activity_source: given(counted),
             viewer.app.node_card: given(card),
-            viewer.endpoints.current_actor: current_actor,
-            viewer.endpoints.access_policy: given(node.policy),
-            **{
-                wanted: given(part)
-                for wanted, part in viewing.dependencies(node.views).items()
-            },
+            **viewing.dependencies(node.views, node.policy, current_actor, given),
         },
         version=version,
         open_access=settings.open,
@@ -637,6 +646,11 @@ def _background(
             frozenset({settling_service.SETTLED}),
         ),
         Follower(
+            thumbnail_service.FOLLOWER,
+            partial(_prepare_thumbnails, node.thumbnails),
+            thumbnail_service.KINDS,
+        ),
+        Follower(
             forwarding_service.FOLLOWER,
             forwarding.follower(jobs.enqueue),
             forwarding_service.KINDS,
@@ -676,6 +690,18 @@ def _prepare_metadata(retrieve: RetrieveService, event: Event) -> None:
             "metadata not prepared: %s",
             error,
             extra={"event": "metadata.later", "study": event.payload["study"]},
+        )
+
+
+def _prepare_thumbnails(thumbnails: ThumbnailService, event: Event) -> None:
+    """Make the pictures of a settled study; those that cannot be are made on demand."""
+    try:
+        thumbnails.follow(event)
+    except (NotFound, Unavailable) as error:
+        log.info(
+            "thumbnails not prepared: %s",
+            error,
+            extra={"event": "thumbnails.later", "study": event.payload["study"]},
         )
 
 

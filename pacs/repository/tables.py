@@ -211,6 +211,36 @@ class SeriesMetadata(Base):
     gzip_body: Mapped[bytes] = mapped_column(LargeBinary)
 
 
+class Thumbnail(Base):
+    """The picture that stands for a series or a study, made when it settled.
+
+    Valid while `revision` equals the series' own. `stands_for` is a sum of
+    `pacs.repository.thumbnails.SERIES` and `STUDY`; `edition` says how it was made.
+    """
+
+    __tablename__ = "thumbnail"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    study_pk: Mapped[int] = mapped_column(ForeignKey("study.id", ondelete="CASCADE"))
+    series_pk: Mapped[int] = mapped_column(ForeignKey("series.id", ondelete="CASCADE"))
+    instance_pk: Mapped[int] = mapped_column(
+        ForeignKey("instance.id", ondelete="CASCADE")
+    )
+    frame_number: Mapped[int] = mapped_column(Integer)
+    stands_for: Mapped[int] = mapped_column(Integer)
+    revision: Mapped[int] = mapped_column(Integer)
+    edition: Mapped[str] = mapped_column(String(16))
+    width: Mapped[int] = mapped_column(Integer)
+    height: Mapped[int] = mapped_column(Integer)
+    picture: Mapped[bytes] = mapped_column(LargeBinary)
+
+    __table_args__ = (
+        UniqueConstraint("instance_pk", "frame_number"),
+        Index("ix_thumbnail_study", "study_pk"),
+        Index("ix_thumbnail_series", "series_pk"),
+    )
+
+
 class Deletion(Base):
     """What was deleted: the row state beside the tombstone in the pack.
 

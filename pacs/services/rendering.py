@@ -242,7 +242,14 @@ class RenderService:
             raise Unsupported("there is no image in it")
         largest = max(by_series.values(), key=_weight)
         middle = largest[len(largest) // 2]
-        return middle, middle_frame(middle)
+        return middle, self.middle_frame(middle)
+
+    def middle_frame(self, instance: StoredInstance) -> int:
+        """Return the number of the frame that stands for an instance."""
+        if (instance.number_of_frames or 1) <= 1:
+            return 1
+        # What the attributes promise need not be there.
+        return self.frame_count(instance) // 2 + 1
 
     @staticmethod
     def _within(
@@ -260,8 +267,3 @@ _DERIVED: Final = frozenset(("SEG", "RTDOSE", "PR", "KO", "SR", "DOC", "OT", "RE
 def _weight(series: Sequence[StoredInstance]) -> tuple[bool, int]:
     frames = sum(max(1, one.number_of_frames or 1) for one in series)
     return series[0].modality not in _DERIVED, frames
-
-
-def middle_frame(instance: StoredInstance) -> int:
-    """Return the number of the frame that stands for an instance."""
-    return max(1, instance.number_of_frames or 1) // 2 + 1

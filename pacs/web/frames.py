@@ -360,30 +360,3 @@ def _send_all(asked: RetrieveContext, parts: Sequence[Part]) -> Response:
     if not parts:
         raise NotFound("no bulk data")
     return send_parts(asked.request, MultipartWriter(OCTETS, parts), Validators())
-
-
-@readable(router, "/studies/{study}/rendered")
-@readable(router, "/studies/{study}/thumbnail")
-@readable(router, "/studies/{study}/series/{series}/rendered")
-@readable(router, "/studies/{study}/series/{series}/thumbnail")
-@readable(router, _INSTANCE + "/rendered")
-@readable(router, _INSTANCE + "/thumbnail")
-@readable(router, _INSTANCE + "/frames/{frames}/rendered")
-@readable(router, _INSTANCE + "/frames/{frames}/thumbnail")
-def not_rendered(
-    asked: Asked,
-    study: str,
-    series: str | None = None,
-    instance: str | None = None,
-    frames: str | None = None,
-) -> Response:
-    """Refuse to render: that comes with the rendering service."""
-    if series is not None and instance is not None:
-        asked.instance(study, series, instance)
-    else:
-        asked.instances(study, series)
-    if frames is not None:
-        parse_frame_list(frames, asked.retrieve.limits.frames_list)
-    raise Unsupported(
-        "rendered images come with the rendering service, which this version lacks"
-    )

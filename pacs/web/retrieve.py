@@ -118,7 +118,7 @@ def retrieve_instance(asked: Asked, study: str, series: str, instance: str) -> R
     found = asked.instance(study, series, instance)
     offers = candidates(asked.accept(), (DICOM_PARTS, DICOM_SINGLE))
     for offer, wanted in offers:
-        target = _target(asked.retrieve, found, wanted)
+        target = transfer_target(asked.retrieve, found, wanted)
         if target is None:
             continue
         validators = instance_validators(found, target)
@@ -159,7 +159,9 @@ def _instances(asked: RetrieveContext, found: Sequence[StoredInstance]) -> Respo
     wanted = [syntax for _, syntax in candidates(asked.accept(), (DICOM_PARTS,))]
     parts = []
     for instance in found:
-        targets = (_target(asked.retrieve, instance, syntax) for syntax in wanted)
+        targets = (
+            transfer_target(asked.retrieve, instance, syntax) for syntax in wanted
+        )
         target = next((one for one in targets if one is not None), None)
         if target is None:
             raise _not_available(found)
@@ -184,7 +186,7 @@ def _part(asked: RetrieveContext, instance: StoredInstance, target: str) -> Part
     )
 
 
-def _target(
+def transfer_target(
     retrieve: RetrieveService, instance: StoredInstance, wanted: str
 ) -> str | None:
     """Return the transfer syntax to send for what a client named; None: cannot.

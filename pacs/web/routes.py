@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from pacs.web import delete, frames, metadata, retrieve, search, store
+from pacs.web import (
+    delete,
+    frames,
+    metadata,
+    rendered,
+    retrieve,
+    search,
+    store,
+    wado_uri,
+)
 
 #: Under ``/dicom-web``.
 DICOMWEB = (
     frames.router,
     metadata.router,
     search.router,
+    rendered.router,
     retrieve.router,
     store.router,
     delete.router,
 )
+#: Under ``/``.
+WADO_URI = (wado_uri.router,)
 #: Under ``/api/v1``.
 REST = (retrieve.files,)

@@ -235,11 +235,3 @@ def test_c31_head_is_get_without_a_body(web: WebArchive, path: str) -> None:
     for name in ("etag", "content-length", "cache-control"):
         if name in whole.headers:
             assert head.headers[name] == whole.headers[name]
-
-
-@pytest.mark.parametrize("suffix", ["/rendered", "/thumbnail", "/frames/1/rendered"])
-def test_rendered_forms_say_that_they_come_later(web: WebArchive, suffix: str) -> None:
-    answer = get(web, IMAGE + suffix)
-
-    assert answer.status == 406
-    assert "rendering service" in answer.json()["detail"]

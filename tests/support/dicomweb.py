@@ -21,8 +21,18 @@ from pacs.services.describe import Rules
 from pacs.services.ingest import IngestService
 from pacs.services.policy import AccessPolicy
 from pacs.services.query import QueryService
+from pacs.services.rendering import RenderService
 from pacs.services.retrieve import RetrieveService
-from pacs.web import delete, dependencies, retrieve, routes, search, store
+from pacs.services.thumbnails import ThumbnailService
+from pacs.web import (
+    delete,
+    dependencies,
+    rendered,
+    retrieve,
+    routes,
+    search,
+    store,
+)
 from pacs.web.intake import Intake
 from pacs.web.problems import problem_response
 from storage.db import migrate
@@ -56,6 +66,8 @@ class Archive:
     query: QueryService = field(init=False)
     retrieve: RetrieveService = field(init=False)
     decoders: DecoderPool = field(init=False)
+    render: RenderService = field(init=False)
+    thumbnails: ThumbnailService = field(init=False)
 
     def __post_init__(self) -> None:
         url = self.url or f"sqlite:///{self.folder / 'index.db'}"
@@ -78,6 +90,10 @@ class Archive:
             reader=self.reader,
             decoders=self.decoders,
             limits=self.limits,
+        )
+        self.render = RenderService(retrieve=self.retrieve, workers=self.decoders)
+        self.thumbnails = ThumbnailService(
+            database=self.database, retrieve=self.retrieve, render=self.render
         )
 
     def close(self) -> None:
@@ -196,6 +212,7 @@ def web_archive(
         [
             *(("/dicom-web", router) for router in routes.DICOMWEB),
             *(("/api/v1", router) for router in routes.REST),
+            *(("", router) for router in routes.WADO_URI),
         ],
         {
             dependencies.current_actor: _tenant_actor,
@@ -204,6 +221,8 @@ def web_archive(
             search.query_service: given(archive.query),
             store.intake: given(intake),
             retrieve.retrieve_service: given(archive.retrieve),
+            rendered.render_service: given(archive.render),
+            rendered.thumbnail_service: given(archive.thumbnails),
             delete.deletion_service: given(deletion),
         },
     )
