@@ -19,6 +19,7 @@ import typer
 
 from gateway.audit_cli import audit_app
 from gateway.dicom_cli import add_commands as add_dicom_commands
+from gateway.identity.commands import add_commands as add_identity_commands
 from gateway.options import Aet, Config, Data, Dimse, Http, Open, opened, settings_for
 from storage.kernel.errors import Conflict, ImagingError, InvalidParameter
 from storage.kernel.settings import Settings
@@ -40,6 +41,7 @@ peer_app = typer.Typer(help="Remote AEs.", no_args_is_help=True)
 db_app = typer.Typer(help="The index database.", no_args_is_help=True)
 app.add_typer(peer_app, name="peer")
 add_dicom_commands(app, peer_app)
+add_identity_commands(app)
 app.add_typer(db_app, name="db")
 app.add_typer(audit_app, name="audit")
 

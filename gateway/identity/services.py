@@ -163,6 +163,15 @@ class AccountService:
                 connection, tenants, after=after, limit=min(limit, MAX_LISTED)
             )
 
+    def find(self, actor: Actor, name: str) -> AccountRow | None:
+        """Return one account of the actor's tenants."""
+        self._policy.require(actor, Action.READ_ACCOUNTS)
+        with self._database.read() as connection:
+            found = rows.find_account(connection, name.strip().lower())
+        if found is None or not self._is_near(actor, found):
+            return None
+        return found
+
     def disable(self, actor: Actor, name: str, origin: Origin) -> None:
         """Let nobody log in with an account; its sessions end."""
         account = self._keep(actor, name, Action.KEEP_ACCOUNTS)
@@ -256,13 +265,16 @@ class AccountService:
         """Return an account that `actor` may change; one of others does not exist."""
         with self._database.read() as connection:
             account = rows.find_account(connection, name.strip().lower())
-        own = {Role.SYSTEM, Role.OPEN} & actor.roles
-        if account is None or not (own or account.tenant in actor.tenants):
+        if account is None or not self._is_near(actor, account):
             self._policy.require(actor, action)
             raise NotFound("no such account")
         resource = Resource(Kind.ACCOUNT, account.tenant, account.name)
         self._policy.require(actor, action, resource)
         return account
+
+    @staticmethod
+    def _is_near(actor: Actor, account: AccountRow) -> bool:
+        return Role.SYSTEM in actor.roles or account.tenant in actor.tenants
 
     def _change(self, account: AccountRow, **values: str | int) -> None:
         with self._database.write() as connection:
