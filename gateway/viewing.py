@@ -36,6 +36,7 @@ from storage.kernel.limits import MIB
 from storage.kernel.settings import Settings
 from storage.kernel.types import Actor
 from viewer import endpoints
+from viewer.http import Policy
 from viewer.likely import MAX_BYTES
 from viewer.sources import (
     Caller,
@@ -56,6 +57,8 @@ from viewer.sources import (
 )
 
 log = logging.getLogger(__name__)
+
+Dependency = Callable[..., Any]
 
 #: Other studies of a patient that are looked at for priors, and priors that are told.
 MAX_STUDIES: Final = 200
@@ -593,12 +596,19 @@ def open_views(
     )
 
 
-def dependencies(views: Views) -> dict[Callable[..., Any], Any]:
+def dependencies(
+    views: Views,
+    policy: Policy,
+    current_actor: Dependency,
+    given: Callable[[Any], Dependency],
+) -> dict[Dependency, Dependency]:
     """Return what replaces each dependency of the viewer's endpoints."""
     return {
-        endpoints.study_catalogue: views.catalogue,
-        endpoints.frame_source: views.frames,
-        endpoints.pixel_source: views.pixels,
-        endpoints.overlay_source: views.overlays,
-        endpoints.warmer: views.ahead,
+        endpoints.current_actor: current_actor,
+        endpoints.access_policy: given(policy),
+        endpoints.study_catalogue: given(views.catalogue),
+        endpoints.frame_source: given(views.frames),
+        endpoints.pixel_source: given(views.pixels),
+        endpoints.overlay_source: given(views.overlays),
+        endpoints.warmer: given(views.ahead),
     }
