@@ -74,12 +74,8 @@ def replace(
         has moved on is not kept, nor one whose instance is gone.
     """
     connection.execute(delete(Thumbnail).where(Thumbnail.study_pk == study_pk))
-    now: dict[int, int] = {
-        series: revision
-        for series, revision in connection.execute(
-            select(Series.id, Series.revision).where(Series.study_pk == study_pk)
-        )
-    }
+    query = select(Series.id, Series.revision).where(Series.study_pk == study_pk)
+    now: dict[int, int] = dict(connection.execute(query).all())
     present = set(
         connection.execute(
             select(Instance.id).where(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Final
 
@@ -23,22 +23,10 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from pacs.domain.study import StoredInstance
 from pacs.imaging import syntaxes
-from pacs.rendering.parameters import (
-    ANNOTATIONS,
-    GIF,
-    ICC_PROFILES,
-    JP2,
-    JPEG,
-    PNG,
-    Viewport,
-    Wanted,
-    Window,
-    quality_of,
-    whole,
-)
+from pacs.rendering.parameters import GIF, JP2, JPEG, PNG, Viewport, Wanted
 from pacs.services.rendering import Kind, Rendered, RenderService, kind_of
 from pacs.services.sources import ByteSource
-from pacs.services.thumbnails import DEFAULT_SIZE, ThumbnailService
+from pacs.services.thumbnails import ThumbnailService
 from pacs.web.bodies import (
     IMMUTABLE,
     REVALIDATE,
@@ -53,6 +41,7 @@ from pacs.web.dependencies import StoredRoute, context, path_uid, readable
 from pacs.web.frames import ENCAPSULATED_DOCUMENT, parse_frame_list
 from pacs.web.multipart import MultipartWriter, Part
 from pacs.web.negotiation import Offer, candidates
+from pacs.web.rendered_parameters import thumbnail_size, wanted_of
 from pacs.web.retrieve import RetrieveContext
 from storage.kernel.errors import (
     ImagingError,
@@ -200,46 +189,6 @@ def frame_thumbnail(
     if kind_of(found) is not Kind.IMAGE:
         raise Unsupported(f"no frame to show: this is a {kind_of(found)}")
     return _small(asked, found, numbers[0], IMMUTABLE)
-
-
-def wanted_of(
-    query: Mapping[str, str], media_type: str, max_pixels: int
-) -> tuple[Wanted, list[str]]:
-    """Return what the rendering parameters of a request ask for, and warnings.
-
-    Parameters that do not apply to the media type are ignored, as are those with
-    other names (PS3.18 8.3.5.1).
-
-    Raises
-    ------
-    InvalidParameter
-    """
-    wanted = Wanted(media_type, max_pixels=max_pixels)
-    warnings: list[str] = []
-    window, viewport = query.get("window"), query.get("viewport")
-    if window is not None:
-        wanted = replace(wanted, window=Window.parse(window))
-    if viewport is not None:
-        wanted = replace(wanted, viewport=Viewport.parse(viewport, max_pixels))
-    quality = query.get("quality")
-    if quality is not None and media_type == JPEG:
-        wanted = replace(wanted, quality=quality_of("quality", quality))
-    annotation = query.get("annotation")
-    if annotation:
-        asked = {part.strip().lower() for part in annotation.split(",")} - {""}
-        if asked - ANNOTATIONS:
-            known = " and ".join(sorted(ANNOTATIONS))
-            warnings.append(
-                f"The annotation parameter knows {known} only; others are ignored."
-            )
-        wanted = replace(wanted, annotations=frozenset(asked & ANNOTATIONS))
-    profile = query.get("iccprofile")
-    if profile is not None:
-        if profile not in ICC_PROFILES:
-            known = ", ".join(sorted(ICC_PROFILES))
-            raise InvalidParameter("iccprofile", f"none of {known}")
-        wanted = replace(wanted, icc_profile=profile)
-    return wanted, warnings
 
 
 def _image(asked: RenderContext, found: StoredInstance) -> Response:
@@ -485,22 +434,3 @@ def _small(
     else:
         made = asked.render.picture(found, [number], wanted, state=state)
     return send_picture(asked.request, made, validators, asked.agent)
-
-
-def thumbnail_size(query: Mapping[str, str], max_pixels: int) -> tuple[int, int]:
-    """Return the size that a thumbnail must fit into; of its parameters only that.
-
-    Raises
-    ------
-    InvalidParameter
-    """
-    text = query.get("viewport")
-    if text is None:
-        return DEFAULT_SIZE, DEFAULT_SIZE
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 2:
-        raise InvalidParameter("viewport", "not vw,vh")
-    width, height = (whole("viewport", part) for part in parts)
-    if width * height > max_pixels:
-        raise InvalidParameter("viewport", f"more than {max_pixels} pixels")
-    return width, height

@@ -9,6 +9,7 @@ from typing import Final
 from fastapi import APIRouter, Response
 
 from pacs.domain.study import StoredInstance
+from pacs.imaging import syntaxes
 from pacs.rendering.parameters import (
     ANNOTATIONS,
     JPEG,
@@ -28,7 +29,7 @@ from pacs.web.bodies import (
     send_source,
 )
 from pacs.web.dependencies import StoredRoute, path_uid, readable
-from pacs.web.negotiation import DICOM, Offer, accept_of, candidates
+from pacs.web.negotiation import DICOM, MAX_RANGES, Offer, accept_of, candidates
 from pacs.web.rendered import (
     ANIMATION,
     DOCUMENTS,
@@ -87,7 +88,6 @@ def _uid(query: Mapping[str, str], name: str) -> str:
 def _offer(asked: RenderContext, found: StoredInstance, kind: Kind) -> Offer:
     """Return the form that is wanted: by contentType, else by Accept (PS3.18 9.1.2)."""
     query = asked.request.query_params
-    accept = query.get("contentType") or accept_of(asked.request)
     offers: tuple[Offer, ...] = (*PICTURES, ANIMATION, _FILE)
     frames = found.number_of_frames or 1
     if kind is Kind.DOCUMENT:
@@ -98,10 +98,16 @@ def _offer(asked: RenderContext, found: StoredInstance, kind: Kind) -> Offer:
     elif kind not in {Kind.IMAGE, Kind.STATE}:
         media_type = "application/pdf" if kind is Kind.PDF else ""
         if kind is Kind.VIDEO:
-            from pacs.imaging import syntaxes
-
             media_type = syntaxes.get(found.transfer_syntax_uid).media_type
         offers = (_FILE, *((Offer(media_type),) if media_type else ()))
+    # The types of contentType are listed by preference, without weights.
+    for one in query.get("contentType", "").split(",")[:MAX_RANGES]:
+        if one.strip():
+            try:
+                return candidates(one, offers)[0][0]
+            except Unsupported:
+                continue
+    accept = query.get("contentType") or accept_of(asked.request)
     return candidates(accept, offers)[0][0]
 
 

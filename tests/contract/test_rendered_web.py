@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ CT, MULTI, REPORT, DOC, VIDEO, BROKEN, STATE = 1, 2, 3, 4, 5, 6, 7
 MAX_PIXELS = 200_000
 
 
-def ramp(**values: object) -> Dataset:
+def ramp(**values: Any) -> Dataset:
     """Return a CT whose columns are -100, -99 ... 99 HU, over 100 rows."""
     ds = ct_slice(seed=CT, size=8, **values)
     hu = np.tile(np.arange(-100, 100), (100, 1))
