@@ -239,9 +239,8 @@ def _patient(tenant: str, text: str) -> PatientKey:
 
 def _print_password(name: str, password: str) -> None:
     typer.echo(f"account     {name}")
-    typer.echo(
-        f"password    {password}   (must be changed at the first login; it is not shown again)"
-    )
+    typer.echo(f"password    {password}")
+    typer.echo("It is not shown again, and must be changed at the first login.")
 
 
 def _account_line(one: AccountRow) -> str:

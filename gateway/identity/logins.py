@@ -85,7 +85,7 @@ class LoginService:
         self._database = database
         self._clock = clock
         self._settings = settings
-        self._passwords = passwords
+        self.passwords = passwords
         self._sessions = sessions
         self._recorder = recorder
         self._rule = PasswordRule(settings.min_length)
@@ -128,7 +128,7 @@ class LoginService:
         subjects = lock_subjects(name, origin.source)
         account = self._count_attempt(name, subjects, origin, action)
         password_hash = None if account is None else account.password_hash
-        is_right = self._passwords.verify(password_hash, password)
+        is_right = self.passwords.verify(password_hash, password)
         if account is None or not is_right or not account.is_active:
             self._refuse(name, origin, action, "wrong name or password")
         if not account.totp_secret:
@@ -257,9 +257,7 @@ class LoginService:
         name = login.actor.name
         subjects = lock_subjects(name, origin.source)
         account = self._count_attempt(name, subjects, origin, "account.password")
-        if account is None or not self._passwords.verify(
-            account.password_hash, present
-        ):
+        if account is None or not self.passwords.verify(account.password_hash, present):
             self._refuse(name, origin, "account.password", "wrong password")
         self._forgive(subjects)
         self._rule.check(wanted, account.name)
@@ -288,9 +286,9 @@ class LoginService:
             )
         if self._settings.password_history:
             before.insert(0, account.password_hash)
-        if any(self._passwords.verify(one, wanted) for one in before):
+        if any(self.passwords.verify(one, wanted) for one in before):
             raise InvalidParameter("password", "was used before")
-        return self._passwords.hash(wanted)
+        return self.passwords.hash(wanted)
 
     def begin_totp(self, login: Login, origin: Origin) -> TotpSetup:
         """Return a new secret; it counts once a code of it has been shown."""

@@ -189,7 +189,7 @@ def totp_step(secret: str, code: str, now_us: int, last_step: int) -> int | None
         return None
     totp = pyotp.TOTP(secret)
     present = now_us // (TOTP_SECONDS * 1_000_000)
-    for step in range(present - TOTP_WINDOW, present + TOTP_WINDOW + 1):
+    for step in range(max(present - TOTP_WINDOW, 0), present + TOTP_WINDOW + 1):
         is_right = secrets.compare_digest(totp.generate_otp(step), code)
         if is_right and step > last_step:
             return step
