@@ -1,4 +1,4 @@
-"""The settings reference, written from the settings themselves."""
+"""References written from the program itself: settings, access."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
+from gateway.http.rules import RULES
+from pacs.services.permissions import (
+    ALONE,
+    COLUMNS,
+    PERMISSIONS,
+    PURPOSES,
+    SEPARATE,
+    Relation,
+)
 from storage.kernel.settings import Settings
+from storage.kernel.types import Role
 
 HEADER = """# Settings
 
@@ -114,3 +124,87 @@ def _type_name(annotation: Any) -> str:
     return names.get(
         annotation, {"SecretStr": "secret"}.get(annotation.__name__, "path")
     )
+
+
+ACCESS_HEADER = """# Who may do what
+
+Written by `make docs` from `pacs/services/permissions.py` and `gateway/http/rules.py`;
+do not edit. One function, `AccessPolicy.decide`, answers every door by this table, and
+denies what is not in it.
+
+An account has a home tenant (an institution) and may be granted others to read. A cell
+says whose things a role may do something to:
+
+| cell | means |
+|---|---|
+| own | what belongs to the actor's home tenant |
+| granted | what belongs to a tenant the account may read |
+| patient | the studies of the patient that it is, or what a launch ticket names |
+| self | the own account, session, page |
+
+What belongs to anybody else does not exist for the actor: queries do not return it, its
+UIDs are answered 404, and the attempt is in the audit.
+"""
+ROLE_MEANINGS = {
+    Role.ADMINISTRATOR: "keeps the node: peers, processes; sees no patient data",
+    Role.SECURITY_ADMINISTRATOR: "keeps accounts, roles, tokens; never the own account",
+    Role.AUDITOR: "reads the audit and the list of accounts; changes nothing",
+    Role.ARCHIVE_MANAGER: "keeps an institution's archive: corrects, deletes, forwards",
+    Role.RADIOLOGIST: "reads images, stores what comes of it, gives out launch tickets",
+    Role.REVIEWER: "looks at studies for quality control",
+    Role.CLINICIAN: "looks at studies in treatment, gives out launch tickets",
+    Role.PATIENT: "sees the own studies",
+    Role.DEVICE: "a machine with a token: a RIS, a viewer's server, a script",
+    Role.TICKET: "a session that a launch ticket opened",
+    Role.MODALITY: "a remote AE over DIMSE; needs the grant of its peer entry as well",
+    Role.PENDING: "must change the password or set up a second factor first",
+}
+CELLS = {
+    Relation.OWN: "own",
+    Relation.GRANTED: "granted",
+    Relation.PATIENT: "patient",
+    Relation.SELF: "self",
+}
+
+
+def access_reference() -> str:
+    """Return the page of roles and what each may do, in Markdown."""
+    lines = [
+        ACCESS_HEADER,
+        "## Roles",
+        "",
+        "| role | is | looks for |",
+        "|---|---|---|",
+    ]
+    for role in COLUMNS:
+        purposes = ", ".join(PURPOSES.get(role, ())) or "–"
+        lines.append(f"| `{role}` | {ROLE_MEANINGS[role]} | {purposes} |")
+    apart = ", ".join(f"`{role}`" for role in COLUMNS if role in SEPARATE)
+    alone = ", ".join(f"`{role}`" for role in COLUMNS if role in ALONE)
+    lines += [
+        "",
+        f"At most one of {apart} is in one hand; {alone} goes with no other role.",
+        "The first of several purposes is taken for granted. An open node's user and",
+        "the node itself may do everything.",
+        "",
+        "## Actions",
+        "",
+        "| action | on | " + " | ".join(f"`{role}`" for role in COLUMNS) + " |",
+        "|---|---|" + "---|" * len(COLUMNS),
+    ]
+    for action, (kind, row) in PERMISSIONS.items():
+        cells = (
+            ", ".join(CELLS[one] for one in CELLS if one in row.get(role, ())) or "–"
+            for role in COLUMNS
+        )
+        lines.append(f"| `{action}` | {kind} | " + " | ".join(cells) + " |")
+    lines += ["", "## Routes", "", "| method | path | needs |", "|---|---|---|"]
+    for rule in RULES:
+        needs = "nothing" if rule.action is None else f"`{rule.action}`"
+        lines.append(f"| {', '.join(rule.methods)} | `{rule.path}` | {needs} |")
+    lines += [
+        "",
+        "`**` is any rest. A path that is not here does not exist. `/metrics` has a",
+        "token of its own, `/viewer` a ticket or a session.",
+    ]
+    return "\n".join(lines) + "\n"

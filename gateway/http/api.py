@@ -110,7 +110,7 @@ def read_changes(
     epoch: Annotated[str | None, Query(max_length=64)] = None,
 ) -> Response:
     """Return the events after position `since`, in order (architecture: events)."""
-    using.policy.require(actor, Action.FIND)
+    using.policy.require(actor, Action.FOLLOW)
     page = using.changes.read(actor, since, min(limit, MAX_CHANGES), epoch=epoch)
     return _json(
         {

@@ -100,7 +100,7 @@ COLUMNS: Final[tuple[Role, ...]] = (
 )
 
 _EVERYONE: Final[Mapping[Role, Relations]] = dict.fromkeys(
-    (*GRANTABLE, Role.PENDING), _S
+    (*GRANTABLE, Role.TICKET, Role.PENDING), _S
 )
 _READERS: Final[Mapping[Role, Relations]] = {
     Role.ARCHIVE_MANAGER: _O,

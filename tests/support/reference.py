@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gateway import app
-from gateway.reference import settings_reference
+from gateway.reference import access_reference, settings_reference
 from pacs.dimse.status import Status, status_of
 from pacs.web.intake import Intake
 from pacs.web.problems import failure_reason, problem_response
@@ -106,6 +106,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "settings.md": settings_reference,
     "routes.md": routes_page,
     "statuses.md": statuses_page,
+    "../access.md": access_reference,
 }
 
 
