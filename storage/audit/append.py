@@ -64,6 +64,8 @@ def entry_of(event: AuditEvent, now_us: int, detail_bytes: int) -> Entry:
         A value is none that its field can hold.
     """
     time_us = event.time_us or now_us
+    if not 0 <= time_us < 1 << 62:
+        raise TypeError("time_us is no time")
     values = [
         str(event.outcome)
         if name == "outcome"

@@ -71,8 +71,8 @@ class _Fold:
         entry = self.waiting
         if entry is None:
             raise ValueError("nothing waits")
-        entry.count += more
         entry.last_us = max(entry.last_us, last_us)
+        entry.count += more
         if entry.values[_INSTANCE] not in {None, instance}:
             # Several: the record names what they have in common.
             entry.put("instance_uid", "")
