@@ -254,6 +254,7 @@ class LoginService:
         InvalidParameter
             The new one breaks a rule, or was had before.
         """
+        _pk(login)
         name = login.actor.name
         subjects = lock_subjects(name, origin.source)
         account = self._count_attempt(name, subjects, origin, "account.password")
@@ -315,6 +316,7 @@ class LoginService:
         Conflict
             No secret waits to be confirmed.
         """
+        _pk(login)
         name, now_us = login.actor.name, self._clock.now_us()
         subjects = lock_subjects(name, origin.source)
         account = self._count_attempt(name, subjects, origin, "account.totp")

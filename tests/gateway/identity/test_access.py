@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -241,7 +242,8 @@ def every_route(app: FastAPI) -> Iterator[tuple[str, str]]:
     """Yield method and path of each route, those without a description too."""
     for route in app.routes:
         contexts = getattr(route, "effective_route_contexts", None)
-        for one in contexts() if contexts else (route,):
+        found: list[Any] = list(contexts()) if contexts else [route]
+        for one in found:
             path = getattr(one, "path_format", None) or one.path
             for method in one.methods:
                 yield method, path
