@@ -92,7 +92,7 @@ class Phantom:
             Plane(
                 instance,
                 1,
-                tuple(self.position(k)),  # type: ignore[arg-type]
+                tuple(self.position(k)),
                 tuple(right),
                 tuple(down),
                 self.spacing[1:],

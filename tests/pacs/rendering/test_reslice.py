@@ -33,17 +33,18 @@ def sampler_of(phantom: Phantom, values: NDArray[Any] | None = None) -> Sampler:
 
 def by_itk(phantom: Phantom, picture: Picture, *, nearest: bool = False) -> Any:
     """Return the picture as SimpleITK draws it."""
-    image = sitk.GetImageFromArray(phantom.voxels().astype(np.float32))
+    image: Any = sitk.GetImageFromArray(phantom.voxels().astype(np.float32))
     right, down, normal = phantom.axes
     image.SetOrigin([float(one) for one in phantom.position(0)])
     planes, rows, columns = phantom.spacing
     image.SetSpacing((columns, rows, planes))
     image.SetDirection(np.stack((right, down, normal), 1).reshape(-1).tolist())
     direction = np.stack((picture.right, picture.down, picture.normal), 1)
-    drawn = sitk.Resample(
+    library: Any = sitk
+    drawn = library.Resample(
         image,
         (picture.columns, picture.rows, 1),
-        sitk.Transform(),
+        library.Transform(),
         sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear,
         [float(one) for one in picture.origin],
         (picture.spacing[1], picture.spacing[0], 1.0),
@@ -59,7 +60,7 @@ def test_planes_equal_those_of_another_program(orientation: str, plane: str) -> 
     phantom = Phantom(orientation)
     sampler = sampler_of(phantom)
     if plane in PRESETS:
-        right, down = PRESETS[plane]  # type: ignore[index]
+        right, down = PRESETS[plane]
     else:
         right, down = orthonormal((0.9, 0.3, -0.2), (0.2, -0.4, 0.3))
     # Off the voxels, so that nothing is decided by a last bit.
@@ -137,7 +138,9 @@ def test_a_linear_field_is_reproduced_exactly(orientation: str, shear: float) ->
 
     plain = render(sampler, picture)
 
-    rows, columns = np.indices(plain.values.shape)
+    rows, columns = np.meshgrid(
+        np.arange(picture.rows), np.arange(picture.columns), indexing="ij"
+    )
     points = (
         np.array(picture.origin)
         + rows[..., None] * np.array(down) * 1.3

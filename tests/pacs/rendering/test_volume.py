@@ -49,7 +49,8 @@ def test_a_missing_plane_is_a_gap_with_its_place() -> None:
 
     stack = stack_planes(planes)
 
-    assert stack.gaps == (pytest.approx((21.0, 27.0)),)
+    (gap,) = stack.gaps
+    assert gap == pytest.approx((21.0, 27.0))
     assert "planes are missing in 1 places" in stack.issues
     assert not stack.grid.regular
 
