@@ -118,7 +118,7 @@ class Item:
         if found is None:
             return []
         vr, raw = found
-        if vr not in _CODES and vr not in {b"DS", b"IS"}:
+        if vr in {b"", b"UN"}:
             vr = effective_vr(tag, vr, len(raw), signed=False)
         try:
             numbers = self._numbers(vr, bytes(raw))
@@ -128,6 +128,8 @@ class Item:
 
     def _numbers(self, vr: bytes, raw: bytes) -> list[float]:
         code = _CODES.get(vr)
+        if code is None and vr not in {b"DS", b"IS"}:
+            return []
         if code is None:
             text = raw.decode("ascii").strip(" \0")
             parts = text.split("\\", MAX_NUMBERS) if text else []
