@@ -539,6 +539,7 @@ def run_dimse(
             counts=counts,
             slot=slot,
             observer=metrics.DimseMetrics(),
+            trail=node.audit,
         )
         server.serve(listener, tls_listener, stop)
 

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from pacs.dimse import command as cmd
+from pacs.dimse.accesses import Accesses, Trail, rejected
 from pacs.dimse.association import Association, Handler, Message, Timers
 from pacs.dimse.command import CommandField
 from pacs.dimse.counts import AssociationCounts
@@ -103,6 +104,7 @@ class Acceptor:
         counts: AssociationCounts,
         slot: int,
         observer: DimseObserver,
+        trail: Trail,
     ) -> None:
         self._settings = settings
         self._limits = limits
@@ -113,6 +115,7 @@ class Acceptor:
         self._counts = counts
         self._slot = slot
         self._observer = observer
+        self._trail = trail
         self._buffers = Buffers(limits)
         self._timers = Timers(
             idle=settings.idle_seconds,
@@ -120,6 +123,7 @@ class Acceptor:
             write=settings.write_seconds,
         )
         self._rejections = OncePerPeer()
+        self._unknown = OncePerPeer()
 
     def serve(self, wire: Wire, peer: str, certificate_name: str | None) -> None:
         """Take one connection from its first byte to its last.
@@ -219,7 +223,12 @@ class Acceptor:
             # Who the peer is cannot be looked up now; it may come again.
             raise self._rejected(connection, CONGESTED) from error
         if isinstance(actor, Refused):
-            raise self._rejected(connection, _REFUSED.get(actor, NO_REASON))
+            rejection = _REFUSED.get(actor, NO_REASON)
+            if self._unknown.passes(connection.peer):
+                rejected(
+                    self._trail, request.calling_ae, connection.peer, rejection.words
+                )
+            raise self._rejected(connection, rejection)
         return actor
 
     def _accept(
@@ -258,6 +267,7 @@ class Acceptor:
             max_send=agreement.max_send,
             limits=self._limits,
             timers=self._timers,
+            accesses=Accesses(self._trail, actor, connection.peer),
         )
         self._observer.association_opened()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pacs.dimse import command as cmd
+from pacs.dimse.accesses import Accesses
 from pacs.dimse.command import CommandField, Value
 from pacs.dimse.pdu import (
     COMMAND,
@@ -80,6 +81,8 @@ class Association:
         By presentation context id.
     extended : mapping of str to bytes
         SOP Class Extended Negotiation as agreed.
+    accesses : Accesses
+        Where its handlers record what they let out or in.
     max_send : int
         The peer's maximum PDU length, bounded.
     """
@@ -97,8 +100,10 @@ class Association:
         max_send: int,
         limits: Limits,
         timers: Timers,
+        accesses: Accesses,
     ) -> None:
         self.actor = actor
+        self.accesses = accesses
         self.called_ae = called_ae
         self.calling_ae = calling_ae
         self.peer = peer

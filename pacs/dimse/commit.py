@@ -79,6 +79,7 @@ class CommitHandler:
         try:
             self.policy.require(association.actor, Action.COMMIT)
             transaction, references = self._read(message, context.transfer_syntax)
+            association.accesses.committed(transaction, len(references))
             pk = self.commitment.request(
                 association.actor,
                 peer_ae=association.calling_ae,
@@ -87,6 +88,7 @@ class CommitHandler:
                 references=references,
             )
         except ImagingError as error:
+            association.accesses.refused(Action.COMMIT, error)
             _answer(association, message, _status(error), comment_of(error))
             return
         _answer(association, message, Status.SUCCESS)

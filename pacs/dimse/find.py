@@ -107,6 +107,7 @@ class FindHandler:
             request = read_request(
                 message.dataset or b"", context.transfer_syntax, root, self.limits
             )
+            association.accesses.searched(request.level, request.keys)
             matches = self.query.find(
                 association.actor,
                 request.level,
@@ -194,6 +195,7 @@ class FindHandler:
         self, association: Association, message: Message, error: ImagingError
     ) -> None:
         """Send the failure, with the element to blame where there is one."""
+        association.accesses.refused(Action.FIND, error)
         tag = getattr(error, "tag", None)
         if isinstance(error, InvalidParameter):
             tag = _TAG_OF.get(error.name, QUERY_RETRIEVE_LEVEL)

@@ -45,7 +45,9 @@ class GetHandler:
             self.policy.require(association.actor, Action.GET)
             wanted = selection(association, message, self.limits)
             found = select(self.retrieve, association, wanted)
+            association.accesses.retrieved(Action.GET, wanted.keys, found)
         except ImagingError as error:
+            association.accesses.refused(Action.GET, error)
             refuse(association, message, error)
             return
         progress = Progress(association, message, len(found))

@@ -43,6 +43,7 @@ class MoveHandler:
             self.policy.require(association.actor, Action.MOVE)
             wanted = selection(association, message, self.limits)
         except ImagingError as error:
+            association.accesses.refused(Action.MOVE, error)
             refuse(association, message, error)
             return
         try:
@@ -55,6 +56,7 @@ class MoveHandler:
             return
         try:
             found = select(self.retrieve, association, wanted)
+            association.accesses.retrieved(Action.MOVE, wanted.keys, found, peer.title)
         except ImagingError as error:
             refuse(association, message, error)
             return

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from pacs.dimse.acceptor import Acceptor
+from pacs.dimse.accesses import NoTrail, Trail
 from pacs.dimse.association import Handler
 from pacs.dimse.counts import AssociationCounts
 from pacs.dimse.negotiation import LOCAL_LIMIT
@@ -58,6 +59,8 @@ class DimseServer:
     slot : int
         This process among them.
     observer : DimseObserver, optional
+    trail : Trail, optional
+        The audit trail.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class DimseServer:
         counts: AssociationCounts,
         slot: int,
         observer: DimseObserver | None = None,
+        trail: Trail | None = None,
     ) -> None:
         self._settings = settings
         self._counts = counts
@@ -85,6 +89,7 @@ class DimseServer:
             counts=counts,
             slot=slot,
             observer=self._observer,
+            trail=trail or NoTrail(),
         )
         self._crowded = OncePerPeer()
         self._lock = threading.Lock()

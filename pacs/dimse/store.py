@@ -117,6 +117,8 @@ class StoreSession:
         request = message.command
         try:
             accepted = self._store(message)
+            # Not acknowledged unless it is recorded; the peer sends it again.
+            self._association.accesses.stored(accepted.study_instance_uid)
         except ImagingError as error:
             status = status_of(error)
             response = cmd.response(request, status)
@@ -201,6 +203,7 @@ class StoreSession:
                 transfer_syntax_uid=context.transfer_syntax,
             )
         except ImagingError as error:
+            self._association.accesses.refused(Action.STORE, error)
             return error
         return None
 
