@@ -37,7 +37,10 @@ CODECS: Final = {
     **{_JPEG + n: "jpeg" for n in ("50", "51", "53", "55", "57", "70")},
     **{_JPEG + n: "jpegls" for n in ("80", "81")},
     **{_JPEG + n: "jpeg2k" for n in ("90", "91")},
-    **{_JPEG + n: "htj2k" for n in ("201", "202", "203")},
+    **{_JPEG + n: "htj2k" for n in ("201", "202")},
+    # What lossy compression carries beyond white or black must be clamped: OpenJPH's
+    # binding wraps it round, OpenJPEG does not.
+    _JPEG + "203": "jpeg2k",
     **{_JPEG + n: "jpegxl" for n in ("110", "111", "112")},
     "1.2.840.10008.1.2.5": "rle",
 }

@@ -148,6 +148,17 @@ def test_a_lossy_frame_comes_back_much_as_it_was(
     assert np.abs(decoded.reshape(64, 32).astype(int) - array).max() <= 2**bits / 50
 
 
+def test_lossy_htj2k_stays_within_black_and_white(pool: DecoderPool) -> None:
+    array = np.zeros((64, 64), np.uint8)
+    array[::5] = array[:, ::7] = 255
+    encoded = imagecodecs.htj2k_encode(array, reversible=False)
+    spec = DecodeSpec(64, 64, 1, 8, 8)
+    decoded = np.frombuffer(pool.decode(encoded, JPEG + "203", spec), np.uint8)
+    error = np.abs(decoded.reshape(64, 64).astype(int) - array)
+    # Rounding round the range would be an error of 255.
+    assert error.max() < 32
+
+
 def test_rle_of_another_encoder_is_read(pool: DecoderPool) -> None:
     array, spec = grey(16)
 
