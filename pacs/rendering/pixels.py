@@ -186,12 +186,26 @@ def _native(
         packed = np.frombuffer(data, np.uint8, spec.frame_bytes)
         flat: Array = np.unpackbits(packed, bitorder="little")[:n]
     else:
+        if bits == 8 and words and order == ">":
+            data = _swapped(data, n)
         flat = np.frombuffer(data, f"{order}u{bits // 8}", n)
-        if bits == 8 and words and order == ">" and n % 2 == 0:
-            flat = flat.view(">u2").astype("<u2").view(np.uint8)
         flat = flat.astype(flat.dtype.newbyteorder("<"), copy=False)
     array = flat.reshape(shape)
     return np.moveaxis(array, 0, -1) if spec.samples > 1 and spec.planar else array
+
+
+def _swapped(data: bytes | bytearray, n: int) -> bytes:
+    """Return `n` samples of a byte that lie in words of the other order.
+
+    Raises
+    ------
+    UnsupportedTransferSyntax
+        The last of them lies in a word whose other half is not there.
+    """
+    whole = n + n % 2
+    if len(data) < whole:
+        raise UnsupportedTransferSyntax("a frame that ends within a word")
+    return np.frombuffer(data, ">u2", whole // 2).astype("<u2").tobytes()[:n]
 
 
 def _subsampled(data: bytes | bytearray, spec: DecodeSpec) -> Array | None:

@@ -233,15 +233,22 @@ class StoredFrames:
             group, number = struct.unpack_from(order, element)
             tag = group << 16 | number
 
+        words = syntax.explicit and element[4:6] == b"OW"
+        # Samples of one byte in words of the other order: the padding holds the last.
+        padded = words and not syntax.little_endian and len(source.table) == 1
+
         def read_frame(number: int) -> bytes:
-            return source.frame(source.table.ranges(number))
+            parts = source.table.ranges(number)
+            if padded:
+                parts = [(at, size + size % 2) for at, size in parts]
+            return source.frame(parts)
 
         return StoredPixels(
             head,
             EXPLICIT_LE if syntax.encapsulated else uid,
             uid,
             tag,
-            syntax.explicit and element[4:6] == b"OW",
+            words,
             source.table,
             read_frame,
         )

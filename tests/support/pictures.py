@@ -69,6 +69,8 @@ def arguments(
     payloads = [bytearray(body[: found.header_end])]
     for number in numbers:
         parts = table.ranges(number)
+        if given["words"] and not syntax.little_endian and len(table) == 1:
+            parts = [(at, n + n % 2) for at, n in parts]
         payloads.append(bytearray(b"".join(body[at : at + n] for at, n in parts)))
     return given, payloads
 
