@@ -18,6 +18,7 @@ import orjson
 
 from pacs.domain.attributes import Attributes, text
 from pacs.domain.study import StoredInstance
+from pacs.imaging import syntaxes
 from pacs.services import (
     overlays_presentation,
     overlays_report,
@@ -28,7 +29,7 @@ from pacs.services.overlays_budget import Budget, Reader
 from pacs.services.overlays_planes import ImagePlanes
 from pacs.services.retrieve import RetrieveService
 from pacs.services.volumes import VolumeService, one_tenant
-from storage.kernel.errors import InvalidInput, NotFound, TooLarge
+from storage.kernel.errors import InvalidInput, NotFound, TooLarge, Unsupported
 from storage.kernel.limits import MIB, Limits
 from storage.kernel.types import Actor
 
@@ -152,6 +153,8 @@ class OverlayService:
         attributes: Attributes = orjson.loads(self._retrieve.metadata(stored))
 
         def resolve(path: str) -> bytes:
+            if stored.transfer_syntax_uid == syntaxes.EXPLICIT_VR_BE:
+                raise Unsupported("long values in big endian are not read")
             source = self._retrieve.bulkdata(stored, path).source
             if source.length > MAX_HEADER:
                 raise TooLarge("header_bytes", MAX_HEADER)

@@ -73,11 +73,14 @@ class Reader:
     left: int = MAX_REFERENCES
 
     def coordinates(
-        self, attributes: Attributes, tag: str, size: int
+        self, attributes: Attributes, tag: str, size: int, vr: str = "FL"
     ) -> list[list[float]] | None:
         """Return points of `size` coordinates each; None without, or if they are bad.
 
-        `tag` is DS, FL or FD.
+        Parameters
+        ----------
+        vr : {"FL", "DS"}
+            Of the attribute: long values may be UN (PS3.5 6.2.2).
         """
         found: Sequence[float] | None = numbers(attributes, tag)
         if found is None:
@@ -89,7 +92,7 @@ class Reader:
                 raw = self.resolve(path)
             except ImagingError:
                 return None
-            found = _parsed(raw, str(attributes[tag].get("vr")))
+            found = _parsed(raw, vr)
         if not found or len(found) % size:
             return None
         rounded = [round(value, DECIMALS) for value in found]
@@ -97,14 +100,12 @@ class Reader:
 
 
 def _parsed(raw: bytes, vr: str) -> list[float] | None:
-    width = {"FL": 4, "FD": 8}.get(vr)
     try:
-        if width is None:
+        if vr == "FL":
+            found = list(struct.unpack(f"<{len(raw) // 4}f", raw))
+        else:
             text = raw.decode("ascii").strip(" \0")
             found = [float(part) for part in text.split("\\")]
-        else:
-            code = "f" if width == 4 else "d"
-            found = list(struct.unpack(f"<{len(raw) // width}{code}", raw))
     except (ValueError, struct.error):
         return None
     return found if all(map(math.isfinite, found)) else None

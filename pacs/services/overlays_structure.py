@@ -68,7 +68,7 @@ def _contour(
     planes: ImagePlanes,
     budget: Budget,
 ) -> dict[str, Any] | None:
-    points = reader.coordinates(contour, "30060050", 3)
+    points = reader.coordinates(contour, "30060050", 3, "DS")
     if points is None:
         budget.problem(reader.instance, "a contour has no coordinates")
         return None

@@ -1,0 +1,238 @@
+"""Frames of a whole series in one stream."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pytest
+
+from tests.support.archive import ADMIN
+from tests.support.datasets import a_study, ct_slice, uid
+from tests.support.viewing import Viewing
+from tests.support.volumes import Phantom
+from viewer.framing import END, FAILED, HEAD, MAGIC, RECORD, REDUCED
+
+SERIES = f"/series/{uid(1, 1)}/frames.bin"
+
+
+@dataclass
+class Record:
+    position: int
+    instance: int
+    frame: int
+    syntax: int
+    flags: int
+    rows: int
+    columns: int
+    body: bytes
+
+
+@dataclass
+class Stream:
+    head: dict[str, Any]
+    records: list[Record]
+    ended: bool
+
+
+def parse(body: bytes) -> Stream:
+    """Read a stream as its description in `viewer.framing` says."""
+    magic, version, zero, length = HEAD.unpack_from(body)
+    assert (magic, version, zero) == (MAGIC, 1, 0)
+    at = HEAD.size + length
+    stream = Stream(json.loads(body[HEAD.size : at]), [], ended=False)
+    while at < len(body):
+        place, instance, frame, syntax, flags, rows, columns, length = (
+            RECORD.unpack_from(body, at)
+        )
+        at += RECORD.size
+        data = body[at : at + length]
+        record = Record(place, instance, frame, syntax, flags, rows, columns, data)
+        at += length
+        if record.flags & END:
+            stream.ended = True
+            assert at == len(body)
+            break
+        stream.records.append(record)
+    return stream
+
+
+def test_the_centre_comes_first_and_then_its_neighbours(phantom: Viewing) -> None:
+    answer = phantom.get(SERIES)
+
+    stream = parse(answer.body)
+    voxels = Phantom().voxels().astype(np.int32) + 1024
+    planes = [np.frombuffer(one.body, "<u2").reshape(32, 40) for one in stream.records]
+    order = [10, 9, 11, 8, 12, 7, 13, 6, 14, 5, 15, 4, 16, 3, 17, 2, 18, 1, 19, 0]
+    assert stream.ended
+    assert stream.head["frames"] == 20
+    assert stream.head["order"] == "middle-out"
+    assert [one.position for one in stream.records] == list(range(20))
+    for plane, k in zip(planes, order, strict=True):
+        assert (plane == voxels[k]).all()
+
+
+def test_ascending_goes_along_the_normal(phantom: Viewing) -> None:
+    stream = parse(phantom.get(f"{SERIES}?order=ascending").body)
+
+    heights = {
+        ds.SOPInstanceUID: float(ds.ImagePositionPatient[2])
+        for ds in Phantom().datasets(series=1)
+    }
+    found = [heights[stream.head["instances"][one.instance]] for one in stream.records]
+    assert found == sorted(heights.values())
+
+
+def test_the_length_is_announced_and_right(phantom: Viewing) -> None:
+    answer = phantom.get(SERIES)
+
+    assert int(answer.headers["content-length"]) == len(answer.body)
+    assert answer.headers["content-type"] == "application/vnd.huying.frames"
+
+
+def test_a_stream_goes_on_where_it_was_cut_off(phantom: Viewing) -> None:
+    whole = parse(phantom.get(SERIES).body)
+
+    rest = parse(phantom.get(f"{SERIES}?from=13").body)
+    none = parse(phantom.get(f"{SERIES}?from=20").body)
+
+    assert rest.records == whole.records[13:]
+    assert none.records == []
+    assert none.ended
+    assert phantom.get(f"{SERIES}?from=21").status == 400
+
+
+def test_for_good_only_by_its_version(viewing: Viewing) -> None:
+    viewing.archive.store_all(a_study())
+    first = viewing.get(SERIES)
+    version = first.headers["x-frames-version"]
+
+    named = viewing.get(f"{SERIES}?v={version}")
+    again = viewing.get(SERIES, if_none_match=first.headers["etag"])
+    viewing.archive.store_all([ct_slice(number=9)])
+    grown = viewing.get(f"{SERIES}?v={version}")
+
+    assert first.headers["cache-control"] == "private, no-cache"
+    assert named.headers["cache-control"] == "private, max-age=31536000, immutable"
+    assert again.status == 304
+    assert grown.headers["cache-control"] == "private, no-cache"
+    assert len(parse(grown.body).records) == 4
+
+
+@pytest.mark.parametrize("level", [1, 2, 5])
+def test_a_level_is_the_mean_of_its_pixels(phantom: Viewing, level: int) -> None:
+    answer = phantom.get(f"{SERIES}?level={level}&form=raw&order=ascending")
+
+    stream = parse(answer.body)
+    step = 2**level
+    voxels = Phantom().voxels().astype(np.float64) + 1024
+    first = stream.records[10]
+    rows, columns = -(-32 // step), -(-40 // step)
+    assert (first.rows, first.columns) == (rows, columns)
+    assert first.flags == REDUCED
+    assert int(answer.headers["content-length"]) == len(answer.body)
+    shown = np.frombuffer(first.body, "<u2").reshape(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            block = voxels[
+                10,
+                row * step : (row + 1) * step,
+                column * step : (column + 1) * step,
+            ]
+            assert shown[row, column] == pytest.approx(block.mean(), abs=0.51)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "order=sideways",
+        "from=-1",
+        "from=x",
+        "from=99999999999",
+        "level=6",
+        "level=-1",
+        "level=1&form=stored",
+        "form=jpeg",
+        "v=" + "a" * 65,
+    ],
+)
+def test_bad_parameters_are_refused(phantom: Viewing, query: str) -> None:
+    assert phantom.get(f"{SERIES}?{query}").status == 400
+
+
+def test_another_tenant_s_series_is_not_there(phantom: Viewing) -> None:
+    assert phantom.get(SERIES, x_tenant="elsewhere").status == 404
+    assert phantom.get(f"/series/{uid(9, 9)}/frames.bin").status == 404
+
+
+def test_series_without_frames_are_not_there(viewing: Viewing) -> None:
+    ds = ct_slice(PixelData=None, Rows=None, Columns=None)
+    viewing.archive.store_all([ds])
+
+    assert viewing.get(SERIES).status == 404
+
+
+def test_a_damaged_frame_is_flagged_and_the_others_come(viewing: Viewing) -> None:
+    """Its announced length is kept, so that what follows stays where it belongs."""
+    good, bad = ct_slice(number=1), ct_slice(number=2)
+    bad.PixelData = bad.PixelData[:1000]
+    viewing.archive.store_all([good, bad, ct_slice(number=3)])
+
+    stream = parse(viewing.get(f"{SERIES}?order=ascending").body)
+
+    assert [one.flags for one in stream.records] == [0, FAILED, 0]
+    assert stream.records[0].body == good.PixelData
+    assert set(stream.records[1].body) == {0}
+    assert stream.ended
+
+
+def test_frames_of_the_chest_ct_come_as_stored_or_decoded(chest: Viewing) -> None:
+    from tests.viewer.test_manifest import CHEST
+
+    series = next(
+        one["series"]
+        for one in chest.json(f"/manifest/{CHEST}")["series"]
+        if one["kind"] == "image"
+    )
+    path = f"/series/{series}/frames.bin"
+
+    stored = parse(chest.get(path).body)
+    raw_answer = chest.get(
+        path, accept='application/octet-stream; transfer-syntax="1.2.840.10008.1.2.1"'
+    )
+    raw = parse(raw_answer.body)
+
+    assert stored.head["syntaxes"] == ["1.2.840.10008.1.2.4.80"]
+    assert raw.head["syntaxes"] == ["1.2.840.10008.1.2.1"]
+    assert raw_answer.headers["content-length"] == str(len(raw_answer.body))
+    assert len(stored.records) == len(raw.records) == 64
+    for packed, plain in zip(stored.records[:3], raw.records[:3], strict=True):
+        decoded = imagecodecs.jpegls_decode(packed.body)
+        assert decoded.tobytes() == plain.body
+
+
+def test_a_client_that_leaves_costs_nothing_more(phantom: Viewing) -> None:
+    """Frames are read one by one as they are sent: the rest is never read."""
+    found = phantom.views.frames.frames(
+        ADMIN, uid(1, 1), form="stored", order="middle-out", level=0
+    )
+    read: list[int] = []
+
+    class Counting:
+        def frames(self, *_a: Any, **_k: Any) -> Any:
+            raise AssertionError
+
+        def read(self, frames: Any, position: int) -> Any:
+            read.append(position)
+            return phantom.views.frames.read(frames, position)
+
+    from viewer import framing
+
+    pieces = framing.stream(Counting(), found, bytes(framing.GATHER), 0)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+
+    assert len(read) <= 1
