@@ -1,4 +1,4 @@
-"""``huying audit``: verify, search and export the audit.
+"""``huying audit``: verify, search and export the audit, and go on after a damage.
 
 `gateway.cli` registers these commands.
 """
@@ -19,7 +19,7 @@ from gateway.options import Config, Data, settings_for
 from storage.kernel.errors import Conflict, InvalidParameter, Unavailable
 
 if TYPE_CHECKING:
-    from storage.audit import AuditTrail
+    from storage.audit import AuditEvent, AuditTrail
     from storage.audit.event import Detail
     from storage.audit.verify import Verification
     from storage.db.engine import Database
@@ -47,18 +47,21 @@ class _Opened:
 
     def note(self, action: str, detail: Detail) -> None:
         """Record that somebody on this machine has read or verified the audit."""
-        from storage.audit import AuditEvent
+        self.trail.record_now(_event(action, detail=detail))
 
-        self.trail.record_now(
-            AuditEvent(
-                action=action,
-                actor=getpass.getuser(),
-                roles=("system",),
-                door="cli",
-                object_kind="audit records",
-                detail=detail,
-            )
-        )
+
+def _event(action: str, **fields: Any) -> AuditEvent:
+    """Return the event of somebody at the machine itself."""
+    from storage.audit import AuditEvent
+
+    return AuditEvent(
+        action=action,
+        actor=getpass.getuser(),
+        roles=("system",),
+        door="cli",
+        object_kind="audit records",
+        **fields,
+    )
 
 
 @contextmanager
@@ -136,6 +139,8 @@ def _noted(text: str) -> tuple[int, bytes]:
 
 def _tell(done: Verification) -> None:
     typer.echo(f"{done.stream}: {done.records} records")
+    for finding in done.accepted:
+        typer.echo(f"  accepted before: {finding}")
     if done.is_clean:
         typer.echo(f"the chain is whole; note its end elsewhere: {_last(done)}")
         return
@@ -168,6 +173,46 @@ def _outcome(done: Verification) -> Detail:
 
 def _last(done: Verification) -> str:
     return f"{done.sequence}:{done.hash.hex()}"
+
+
+@audit_app.command()
+def accept(
+    *,
+    reason: Annotated[str, typer.Option(help="What has happened; it is recorded.")],
+    data: Data = None,
+    config: Config = None,
+) -> None:
+    """Let the audit go on after a damage, or after a backup was put back.
+
+    The damages stay, and `verify` lists them as accepted; new ones are told again.
+    """
+    from storage.audit.accept import accept as accept_findings
+    from storage.audit.keys import Memory, own_key
+    from storage.audit.trail import STREAM
+    from storage.audit.verify import ChainVerifier
+    from storage.kernel.clock import SystemClock
+
+    if not reason.strip():
+        raise InvalidParameter("reason", "is empty")
+    with _opened(data, config) as audit:
+        own = own_key(audit.folder)
+        memory = Memory(audit.folder, STREAM, own)
+        with _progress() as progress:
+            found = ChainVerifier(audit.database, [own]).verify(
+                STREAM, memory=memory, progress=progress
+            )
+        _tell(found)
+        if found.is_clean:
+            return
+        head = accept_findings(
+            audit.database,
+            memory,
+            own,
+            found,
+            _event("audit.accept", reason=reason),
+            SystemClock().now_us(),
+        )
+    typer.echo(f"accepted; the audit goes on with record {head.sequence + 1}")
 
 
 @audit_app.command()

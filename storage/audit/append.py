@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -138,7 +138,14 @@ def append(
     )
     anchored = _anchor_due(head, new, row.anchor_us)
     if anchored:
-        connection.execute(insert(AuditAnchor), _anchor(new, sealer))
+        # One that is there was put there by another, or belongs to another chain:
+        # it stays, for verification to find.
+        connection.execute(
+            _module(connection)
+            .insert(AuditAnchor)
+            .values(_anchor(new, sealer))
+            .on_conflict_do_nothing()
+        )
     connection.execute(
         update(AuditStream)
         .where(AuditStream.stream == stream)
@@ -161,6 +168,17 @@ def _insert(connection: Connection, rows: list[tuple[Any, ...]]) -> None:
         ) from error
 
 
+def begin_anew(connection: Connection, head: Head, sealer: Sealer) -> None:
+    """Make `head` the one that the next record follows, whatever is there now."""
+    values = {**_signed(head, sealer), "anchor_us": head.time_us}
+    connection.execute(
+        _module(connection)
+        .insert(AuditStream)
+        .values(stream=head.stream, **values)
+        .on_conflict_do_update(index_elements=["stream"], set_=values)
+    )
+
+
 def head_of(row: Any) -> Head:
     """Return the head that a row of `AuditStream` describes.
 
@@ -175,6 +193,11 @@ def head_of(row: Any) -> Head:
         hash=as_bytes(row.hash),
         time_us=as_number(row.time_us),
     )
+
+
+def _module(connection: Connection) -> Any:
+    """Return what knows ON CONFLICT of this database."""
+    return sqlite if connection.dialect.name == "sqlite" else postgresql
 
 
 def as_bytes(value: Any) -> bytes:
@@ -229,9 +252,9 @@ def _locked(connection: Connection, stream: str, sealer: Sealer, now_us: int) ->
             "audit: the head of the chain is missing: run `huying audit verify`"
         )
     first = Head(stream, 0, GENESIS, 0, GENESIS, now_us)
-    module = sqlite if connection.dialect.name == "sqlite" else postgresql
     connection.execute(
-        module.insert(AuditStream)
+        _module(connection)
+        .insert(AuditStream)
         .values(stream=stream, **_signed(first, sealer), anchor_us=now_us)
         .on_conflict_do_nothing()
     )

@@ -171,13 +171,20 @@ class Memory:
         except OSError as error:
             raise DependencyDown(f"audit memory: {error.strerror}") from error
 
-    def forget(self) -> None:
-        """Put what is remembered aside; the next record is remembered anew."""
+    def begin_anew(self, seen: Seen) -> None:
+        """Remember `seen` instead of all that was; that is put into a file aside."""
         with self._locked():
             known = self._known()
             if known is not None:
                 self._keep(known)
-                self._path.unlink()
+            if self.lost_path.exists():
+                aside = self._folder / f"{self._stream}.accepted"
+                with aside.open("ab") as file:
+                    file.write(self.lost_path.read_bytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+                self.lost_path.unlink()
+            self._replace(seen)
 
     def _known(self) -> Seen | None:
         """Read; a file damaged by a power cut is put aside, and costs its memory."""

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import orjson
 from sqlalchemy import Connection, Select, func, select
 from sqlalchemy.exc import OperationalError
 
@@ -44,6 +45,9 @@ from storage.kernel.errors import InvalidParameter
 CHUNK = 5000
 #: Findings that are listed; all are counted.
 LISTED = 100
+#: Action of a record that accepts damages, and what in its detail names them.
+ACCEPT = "audit.accept"
+ACCEPTED = "accepted"
 #: Before every sequence number.
 _BEGINNING = -(2**63)
 
@@ -56,6 +60,8 @@ _RECORD = select(
 _ALG = CONTENT.index("alg")
 _FORMAT = CONTENT.index("format")
 _SEQUENCE = CONTENT.index("sequence")
+_ACTION = CONTENT.index("action")
+_DETAIL = CONTENT.index("detail")
 _N = len(CONTENT)
 
 
@@ -89,6 +95,11 @@ class Finding:
     damage: Damage
     detail: str
 
+    @property
+    def key(self) -> str:
+        """Return what is damaged, and how: the same in every verification."""
+        return f"{self.sequence}:{self.damage}"
+
     def __str__(self) -> str:
         return f"record {self.sequence}: {self.damage}: {self.detail}"
 
@@ -108,6 +119,9 @@ class Verification:
     findings : list of Finding
         The first `LISTED` that were met.
     n_findings : int
+    accepted : list of Finding
+        Those that somebody has accepted since (`storage.audit.accept`); they are not
+        among `findings`.
     unchecked : int
         Signed records whose contents cannot be checked, because the record before
         is missing or damaged.
@@ -120,6 +134,7 @@ class Verification:
     first: Finding | None = None
     findings: list[Finding] = field(default_factory=list)
     n_findings: int = 0
+    accepted: list[Finding] = field(default_factory=list)
     unchecked: int = 0
 
     @property
@@ -134,6 +149,17 @@ class Verification:
             self.findings.append(finding)
         if self.first is None or sequence < self.first.sequence:
             self.first = finding
+
+    def leave_out(self, accepted: frozenset[str]) -> None:
+        """Move the findings that were accepted where they belong."""
+        if not accepted:
+            return
+        self.accepted = [one for one in self.findings if one.key in accepted]
+        self.findings = [one for one in self.findings if one.key not in accepted]
+        self.n_findings -= len(self.accepted)
+        self.first = min(
+            self.findings, key=lambda finding: finding.sequence, default=None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +289,10 @@ class _Run:
         #: Hashes the next record may follow: more than one after a damaged record,
         #: none after a missing one.
         self._previous: tuple[bytes, ...] = (chain.GENESIS,)
+        #: Whether that hash is known to be the one that was written.
         self._is_certain = True
         self._points: dict[int, list[Point]] = {}
+        self._accepted: set[str] = set()
 
     def know(self, memory: Memory | None, noted: Mapping[int, bytes]) -> None:
         """Take in what is known from outside the database."""
@@ -330,11 +358,18 @@ class _Run:
         elif not (follows and signed):
             self._judge(sequence, follows=follows, signed=signed)
         self._last = sequence
-        self._is_certain = follows and signed
-        # A damaged record's own hash is unsure: it may be what was changed.
+        self._is_certain = signed
+        # A hash that nobody signed is unsure: it may be what was changed.
         self._previous = (stored,) if signed or follows else (stored, *expected)
         self._compare(sequence, stored)
         self.done.sequence, self.done.hash = sequence, stored
+        if follows and signed and row[_ACTION] == ACCEPT:
+            self._accept(row[_DETAIL])
+
+    def _accept(self, detail: str) -> None:
+        """Take in which damages were accepted; the record is known to be true."""
+        accepted = orjson.loads(detail).get(ACCEPTED, ())
+        self._accepted.update(key for key in accepted if isinstance(key, str))
 
     def _judge(self, sequence: int, *, follows: bool, signed: bool) -> None:
         if follows:
@@ -444,6 +479,7 @@ class _Run:
         if held != self.done.records:
             detail = f"{(held or 0) - self.done.records} records have no number"
             self.done.add(last + 1, Damage.EXTRA, detail)
+        self.done.leave_out(frozenset(self._accepted))
 
     def _end_at_head(self, row: Any) -> None:
         last = self._last

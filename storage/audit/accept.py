@@ -1,0 +1,125 @@
+"""Going on after a damage that cannot be undone, or after a backup was put back.
+
+The damages stay in the chain and every verification lists them, as accepted. A record
+says who accepted which, and why; damages that come later are not covered by it. No
+number is used twice: where records are gone, the chain goes on after the last that
+anybody knows of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from sqlalchemy import Connection, select
+
+from storage.audit import chain
+from storage.audit.append import (
+    append,
+    as_bytes,
+    begin_anew,
+    entry_of,
+    head_of,
+)
+from storage.audit.chain import GENESIS, Head, Sealer
+from storage.audit.event import AuditEvent
+from storage.audit.keys import Memory, Seen
+from storage.audit.verify import ACCEPT, ACCEPTED, Damage, Verification
+from storage.db.engine import Database
+from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
+from storage.kernel.errors import Conflict, InvalidParameter
+
+#: Comes first: after a gap a record cannot be checked, and the next one can.
+RESUME = "audit.resume"
+#: Bytes of the detail; it must hold every finding, or be refused.
+DETAIL_BYTES = 16 * 1024
+
+
+def accept(
+    database: Database,
+    memory: Memory,
+    sealer: Sealer,
+    found: Verification,
+    event: AuditEvent,
+    now_us: int,
+) -> Head:
+    """Record that what `found` names is known, and let the chain go on.
+
+    Parameters
+    ----------
+    found : Verification
+        What is accepted.
+    event : AuditEvent
+        Who accepts it, and the reason.
+
+    Raises
+    ------
+    Conflict
+        There are more damages than can be named.
+    """
+    if found.n_findings > len(found.findings):
+        raise Conflict(
+            f"audit: {found.n_findings} damages are too many to accept one by one"
+        )
+    with database.write() as connection:
+        head, last = _known_end(connection, memory, sealer, found.stream, now_us)
+        accepted = [one.key for one in found.findings]
+        if head.sequence > last:
+            accepted.append(f"{last + 1}:{Damage.MISSING}")
+        begin_anew(connection, head, sealer)
+        resume = replace(event, action=RESUME)
+        named = replace(event, action=ACCEPT, detail={ACCEPTED: accepted})
+        entries = [entry_of(one, now_us, DETAIL_BYTES) for one in (resume, named)]
+        _, new = append(connection, found.stream, entries, sealer, now_us)
+    memory.begin_anew(Seen(new.sequence, new.hash, new.time_us))
+    return new
+
+
+def _known_end(
+    connection: Connection, memory: Memory, sealer: Sealer, stream: str, now_us: int
+) -> tuple[Head, int]:
+    """Return the head to go on after, and the last record that is there."""
+    row = connection.execute(
+        select(AuditStream).where(AuditStream.stream == stream).with_for_update()
+    ).first()
+    head = Head(stream, 0, GENESIS, 0, GENESIS, now_us)
+    if row is not None and chain.same(sealer.head(head_of(row)), as_bytes(row.mac)):
+        head = head_of(row)
+    last = connection.execute(
+        select(AuditRecord.sequence, AuditRecord.hash)
+        .where(AuditRecord.stream == stream, AuditRecord.sequence < 1 << 62)
+        .order_by(AuditRecord.sequence.desc())
+        .limit(1)
+    ).first()
+    ends = [(head.sequence, head.hash)]
+    if last is not None:
+        ends.append((last.sequence, as_bytes(last.hash)))
+    ends += _anchored(connection, sealer, stream)
+    ends += [(seen.sequence, seen.hash) for seen in _remembered(memory)]
+    sequence, record_hash = max(ends, key=lambda end: end[0])
+    end = replace(head, sequence=sequence, hash=record_hash, time_us=now_us)
+    return end, last.sequence if last is not None else head.base_sequence
+
+
+def _anchored(
+    connection: Connection, sealer: Sealer, stream: str
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the last point that an anchor signs."""
+    anchors = select(AuditAnchor).where(AuditAnchor.stream == stream)
+    for anchor in connection.execute(anchors.order_by(AuditAnchor.sequence.desc())):
+        record_hash = as_bytes(anchor.hash)
+        wanted = sealer.anchor(stream, anchor.sequence, record_hash, anchor.time_us)
+        if chain.same(wanted, as_bytes(anchor.mac)):
+            yield anchor.sequence, record_hash
+            return
+
+
+def _remembered(memory: Memory) -> Iterator[Seen]:
+    try:
+        seen = memory.read()
+        yield from memory.lost()
+    except InvalidParameter:
+        # Damaged: that is one of the findings.
+        return
+    if seen is not None:
+        yield seen
