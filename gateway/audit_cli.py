@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -294,7 +295,7 @@ def export(
             return
         count = 0
         try:
-            with output.open("xb") as file:
+            with open(output, "xb", opener=_private) as file:
                 for row in rows:
                     file.write(as_line(row))
                     count += 1
@@ -303,6 +304,10 @@ def export(
         except OSError as error:
             raise InvalidParameter("output", f"{output}: {error.strerror}") from error
     typer.echo(f"{count} records written to {output}")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 @contextmanager

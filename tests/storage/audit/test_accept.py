@@ -18,6 +18,7 @@ from storage.kernel.errors import Conflict
 from tests.support.attacks import ATTACKS, N
 from tests.support.auditing import attacking, copy_rows, put_back, verified, write
 
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 WHO = AuditEvent(action="audit.accept", actor="root", reason="a disk broke")
 
 
@@ -32,6 +33,7 @@ def accepted(database: Database, folder: Path, found: Verification) -> None:
     accept(database, Memory(folder, STREAM, key), key, found, WHO, 1_000_000)
 
 
+@on_sqlite
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_what_was_accepted_is_listed_and_the_audit_goes_on(
     chain: Database, trail: AuditTrail, folder: Path, attack: str
@@ -51,6 +53,7 @@ def test_what_was_accepted_is_listed_and_the_audit_goes_on(
         assert done.accepted
 
 
+@on_sqlite
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_damage_that_comes_after_is_told(
     chain: Database, trail: AuditTrail, folder: Path, attack: str
