@@ -230,8 +230,8 @@ class _Table:
 
     def level(self, values: Floats) -> NDArray[np.intp]:
         scaled = (values - np.float32(self.low)) * np.float32(self.scale)
-        level: NDArray[np.intp] = np.clip(scaled, 0, _LEVELS - 1).astype(np.intp)
-        return level
+        np.clip(scaled, 0, _LEVELS - 1, out=scaled)
+        return scaled.astype(np.intp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,21 +383,21 @@ def _follow(
     through = np.ones(len(chosen), np.float32)
     starts = rays.starts(chosen)
     forward = rays.forward.astype(np.float32)[:, None]
-    last = field.last
+    enter, leave = _within(starts, rays.forward, field.last)
     # Opacities are those of 1 mm.
     alphas = 1 - np.power(1 - table.opacity, np.float32(rays.step))
-    alive = np.arange(len(chosen))
+    alive = np.flatnonzero(enter <= leave)
     for leap in range(0, rays.n_steps, _LEAP):
-        middle = starts[:, alive] + forward * (leap + (_LEAP - 1) / 2)
+        middle = starts[:, alive] + forward * np.float32(leap + (_LEAP - 1) / 2)
         active = alive[blocks.holds(middle)]
         if not len(active):
             continue
+        begin, first, last = starts[:, active], enter[active], leave[active]
         for n in range(leap, leap + _LEAP):
-            index = starts[:, active] + forward * n
+            index = begin + forward * np.float32(n)
             level = table.level(field.values(index))
             alpha = alphas[level]
-            inside = ((index >= -0.5) & (index <= last + 0.5)).all(axis=0)
-            shown = np.flatnonzero((alpha > 0) & inside)
+            shown = np.flatnonzero((alpha > 0) & (first <= n) & (last >= n))
             if not len(shown):
                 continue
             at, alpha = active[shown], alpha[shown]
@@ -412,6 +412,26 @@ def _follow(
         if not len(alive):
             break
     return colour
+
+
+def _within(
+    starts: Floats, forward: NDArray[np.float64], last: Floats
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return between which steps each ray is in the volume, its border included."""
+    enter = np.zeros(starts.shape[1])
+    leave = np.full(starts.shape[1], np.inf)
+    for axis in range(3):
+        low = -0.5 - starts[axis].astype(np.float64)
+        high = float(last[axis, 0]) + 0.5 - starts[axis].astype(np.float64)
+        step = float(forward[axis])
+        if abs(step) < 1e-9:
+            # Along this axis the ray stays where it is: within, or never.
+            leave[(low > 0) | (high < 0)] = -1.0
+            continue
+        ends = np.sort(np.stack((low / step, high / step)), axis=0)
+        np.maximum(enter, ends[0], out=enter)
+        np.minimum(leave, ends[1], out=leave)
+    return enter, leave
 
 
 def _lit(field: _Field, index: Floats, rays: _Rays, colour: Floats) -> Floats:
