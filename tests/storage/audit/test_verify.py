@@ -49,7 +49,7 @@ def test_a_chain_that_nobody_touched_is_clean(chain: Database, folder: Path) -> 
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_an_attack_is_detected_and_located(
+def test_d15_an_attack_is_detected_and_located(
     chain: Database, folder: Path, attack: str
 ) -> None:
     act, sequence, damage = ATTACKS[attack]
