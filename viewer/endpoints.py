@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import StreamingResponse
 
 from storage.kernel.errors import InvalidParameter, NotFound
@@ -45,12 +43,15 @@ from viewer.sources import (
     StudyFacts,
     Warmer,
 )
-from viewer.views import RenderBody, Uid, checked, parse
+from viewer.views import RenderBody, parse
 
 PREFIX = "/api/v1/viewer"
 router = APIRouter(prefix=PREFIX, tags=["viewer"], route_class=StoredRoute)
 
-PathUid = Annotated[str, Path(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
+UID = r"^[0-9A-Za-z._-]{1,64}$"
+PathUid = Annotated[str, Path(pattern=UID)]
+#: In the address, not in a body: what is looked at belongs into every record of it.
+QueryUid = Annotated[str, Query(pattern=UID)]
 RAW = "1.2.840.10008.1.2.1"
 
 
@@ -163,13 +164,11 @@ def read_volume(
     actor: Asking,
     policy: Deciding,
     pixels: Pixels,
-    catalogue: Catalogue,
     series: PathUid,
-    study: Annotated[str, Query(pattern=r"^[0-9A-Za-z._-]{1,64}$")],
+    study: QueryUid,
     stack: Annotated[int, Query(ge=0, le=10_000)] = 0,
 ) -> Response:
     """Return what a series is as a volume."""
-    del catalogue
     policy.require(actor, "find")
     body = orjson.dumps(pixels.volume(actor, SeriesRef(study, series, stack)))
     return send_json(request, body, digest(body))
@@ -259,7 +258,12 @@ def _overlays(
 
 @router.post("/render")
 async def render(
-    request: Request, actor: Asking, policy: Deciding, source: Pixels
+    request: Request,
+    actor: Asking,
+    policy: Deciding,
+    source: Pixels,
+    study: QueryUid,
+    series: QueryUid,
 ) -> Response:
     """Draw a plane, a slab or a volume rendering.
 
@@ -268,7 +272,7 @@ async def render(
     asked = parse(await read_json(request))
     caller = source.caller()
     drawing = asyncio.ensure_future(
-        run_in_threadpool(_draw, actor, policy, source, asked, caller)
+        run_in_threadpool(_draw, actor, policy, source, (study, series), asked, caller)
     )
     watching = asyncio.ensure_future(_left(request))
     try:
@@ -297,14 +301,15 @@ def _draw(
     actor: Actor,
     policy: Policy,
     source: PixelSource,
+    named: tuple[str, str],
     asked: RenderBody,
     caller: Caller,
 ) -> Picture:
     policy.require(actor, "get")
-    view = asked.view()
+    ref, view = SeriesRef(*named, asked.stack), asked.view()
     if isinstance(view, PlaneView):
-        return source.plane(actor, asked.ref, view, caller)
-    return source.projection(actor, asked.ref, view, caller)
+        return source.plane(actor, ref, view, caller)
+    return source.projection(actor, ref, view, caller)
 
 
 async def _left(request: Request) -> None:
@@ -313,63 +318,41 @@ async def _left(request: Request) -> None:
         pass
 
 
-class PrefetchBody(BaseModel):
-    """What is open, or what should be read ahead."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    study: Uid
-    series: Uid | None = Field(None, description="that is open; else the first image")
-    priors: bool = Field(default=True, strict=True)
-
-
 @router.post("/prefetch")
-async def prefetch(
-    request: Request,
+def prefetch(
     actor: Asking,
     policy: Deciding,
     catalogue: Catalogue,
     reading: Warming,
+    study: QueryUid,
+    series: Annotated[str | None, Query(pattern=UID)] = None,
+    *,
+    priors: bool = True,
 ) -> Response:
-    """Begin to read what is likely to be opened next; answer at once."""
-    asked = checked(PrefetchBody, await read_json(request))
-    plan = await run_in_threadpool(
-        _read_ahead, actor, policy, catalogue, reading, asked
-    )
+    """Begin to read what is likely to be opened after a series; answer at once."""
+    policy.require(actor, "get")
+    facts = catalogue.facts(actor, study)
+    images = [one for one in facts.series if one.kind == "image"]
+    now = next((one for one in images if series in {None, one.series}), None)
+    if now is None:
+        raise NotFound("no such series of images")
+    plan = likely.ranked(facts, now, likely.NEXT)
+    if priors and facts.priors:
+        prior = catalogue.facts(actor, facts.priors[0].study)
+        plan += likely.ranked(prior, now, likely.PRIOR)
+    found = [
+        {
+            "study": one.study,
+            "series": one.series,
+            "score": one.score,
+            "reasons": one.reasons,
+            "started": reading.warm(actor, one.study, one.series),
+        }
+        for one in plan
+    ]
     return Response(
-        orjson.dumps(plan),
+        orjson.dumps({"series": found}),
         status_code=202,
         media_type="application/json",
         headers={"Cache-Control": "no-store"},
     )
-
-
-def _read_ahead(
-    actor: Actor,
-    policy: Policy,
-    catalogue: StudyCatalogue,
-    reading: Warmer,
-    asked: PrefetchBody,
-) -> Mapping[str, Any]:
-    policy.require(actor, "get")
-    facts = catalogue.facts(actor, asked.study)
-    images = [one for one in facts.series if one.kind == "image"]
-    now = next((one for one in images if asked.series in {None, one.series}), None)
-    if now is None:
-        raise NotFound("no such series of images")
-    plan = likely.ranked(facts, now, likely.NEXT)
-    if asked.priors and facts.priors:
-        prior = catalogue.facts(actor, facts.priors[0].study)
-        plan += likely.ranked(prior, now, likely.PRIOR)
-    return {
-        "series": [
-            {
-                "study": one.study,
-                "series": one.series,
-                "score": one.score,
-                "reasons": one.reasons,
-                "started": reading.warm(actor, one.study, one.series),
-            }
-            for one in plan
-        ]
-    }

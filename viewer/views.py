@@ -7,7 +7,7 @@ work a slab means) is checked where the volume is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -19,18 +19,16 @@ from pydantic import (
 )
 
 from storage.kernel.errors import InvalidParameter
-from viewer.sources import PlaneView, ProjectionView, SeriesRef
+from viewer.sources import PlaneView, ProjectionView
 
 #: Nothing in or around a patient is farther away (mm).
 FAR = 100_000.0
-Uid = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,64}$")]
 Millimetres = Annotated[FiniteFloat, Field(ge=-FAR, le=FAR)]
 Distance = Annotated[FiniteFloat, Field(ge=0.001, le=1000.0)]
 Size = Annotated[int, Field(ge=1, le=8192, strict=True)]
 Cosine = Annotated[FiniteFloat, Field(ge=-FAR, le=FAR)]
 Point = tuple[Millimetres, Millimetres, Millimetres]
 Direction = tuple[Cosine, Cosine, Cosine]
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Body(BaseModel):
@@ -63,8 +61,6 @@ class PlaneBody(_Body):
 class RenderBody(_Body):
     """What a picture should show."""
 
-    study: Uid
-    series: Uid
     stack: int = Field(0, ge=0, le=10_000, strict=True)
     kind: Literal["plane", "volume"] = "plane"
     format: Literal["png", "jpeg", "webp", "int16"] = "png"
@@ -102,11 +98,6 @@ class RenderBody(_Body):
         if oblique and (self.position is not None or self.through is not None):
             raise ValueError("position and through belong to a preset plane")
         return self
-
-    @property
-    def ref(self) -> SeriesRef:
-        """Return which volume is asked for."""
-        return SeriesRef(self.study, self.series, self.stack)
 
     def view(self) -> PlaneView | ProjectionView:
         """Return what is asked for."""
@@ -172,13 +163,8 @@ def parse(body: Mapping[str, Any]) -> RenderBody:
     InvalidParameter
         Something is missing, out of range or of the wrong form; it is named.
     """
-    return checked(RenderBody, body)
-
-
-def checked(kind: type[Model], body: Mapping[str, Any]) -> Model:
-    """Return a body as its model; see `parse`."""
     try:
-        return kind.model_validate(body)
+        return RenderBody.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(map(str, first["loc"])) or "body"

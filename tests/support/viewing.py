@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from fastapi import Request
 
@@ -37,9 +38,15 @@ class Viewing:
         assert answer.status == 200, answer.text
         return answer.json()
 
-    def post(self, path: str, body: Mapping[str, Any] | bytes) -> Response:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return request(f"{self.base}{endpoints.PREFIX}{path}", method="POST", body=data)
+    def render(self, asked: Mapping[str, Any], body: bytes | None = None) -> Response:
+        """Ask for a picture; `study` and `series` belong into the address."""
+        named = {name: asked[name] for name in ("study", "series") if name in asked}
+        rest = {name: value for name, value in asked.items() if name not in named}
+        data = json.dumps(rest).encode() if body is None else body
+        return self.post(f"/render?{urlencode(named)}", data)
+
+    def post(self, path: str, body: bytes = b"") -> Response:
+        return request(f"{self.base}{endpoints.PREFIX}{path}", method="POST", body=body)
 
 
 @contextmanager

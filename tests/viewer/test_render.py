@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 import pytest
@@ -49,8 +49,7 @@ def test_values_are_in_hounsfield_units_where_the_headers_say(
     made = Phantom(orientation)
     middle = made.centre()
 
-    answer = phantom.post(
-        "/render",
+    answer = phantom.render(
         {
             **ref,
             "plane": "coronal",
@@ -77,8 +76,7 @@ def test_an_oblique_plane_goes_through_the_point_that_was_asked_for(
     right, down = np.array([0.6, 0.8, 0.0]), np.array([0.0, 0.0, -1.0])
     origin = small - right * 10 - down * 10
 
-    answer = phantom.post(
-        "/render",
+    answer = phantom.render(
         {
             **AXIAL,
             "plane": {
@@ -103,8 +101,7 @@ def test_an_oblique_plane_goes_through_the_point_that_was_asked_for(
     ("mode", "expected"), [("mip", 1000), ("minip", -1000), ("average", None)]
 )
 def test_slabs(phantom: Viewing, mode: str, expected: float | None) -> None:
-    answer = phantom.post(
-        "/render",
+    answer = phantom.render(
         {
             **AXIAL,
             "slab": {"thickness": 40, "mode": mode},
@@ -129,8 +126,7 @@ def test_slabs(phantom: Viewing, mode: str, expected: float | None) -> None:
 def test_windowed_pictures_in_every_format(
     phantom: Viewing, form: str, media: str
 ) -> None:
-    answer = phantom.post(
-        "/render",
+    answer = phantom.render(
         {
             **AXIAL,
             "format": form,
@@ -151,7 +147,7 @@ def test_windowed_pictures_in_every_format(
 
 
 def test_the_window_of_the_images_is_the_default(phantom: Viewing) -> None:
-    answer = phantom.post("/render", AXIAL)
+    answer = phantom.render(AXIAL)
 
     assert json.loads(answer.headers["x-picture"])["window"] == [40.0, 400.0]
 
@@ -160,8 +156,8 @@ def test_inverted_turns_light_and_dark_but_not_what_is_outside(
     phantom: Viewing,
 ) -> None:
     asked = {**AXIAL, "plane": "coronal", "width": 100, "height": 300, "spacing": 1}
-    plain = picture(phantom.post("/render", asked)).astype(int)
-    inverted = picture(phantom.post("/render", {**asked, "invert": True})).astype(int)
+    plain = picture(phantom.render(asked)).astype(int)
+    inverted = picture(phantom.render({**asked, "invert": True})).astype(int)
 
     inside = plain + inverted == 255
     assert inside.any()
@@ -171,8 +167,7 @@ def test_inverted_turns_light_and_dark_but_not_what_is_outside(
 
 
 def test_a_volume_rendering_shows_the_spheres(phantom: Viewing) -> None:
-    answer = phantom.post(
-        "/render",
+    answer = phantom.render(
         {
             **AXIAL,
             "kind": "volume",
@@ -250,7 +245,7 @@ def test_bad_requests_are_named_and_cost_nothing(
     phantom: Viewing, changed: dict[str, Any], status: int
 ) -> None:
     started = time.monotonic()
-    answer = phantom.post("/render", {**AXIAL, **changed})
+    answer = phantom.render({**AXIAL, **changed})
 
     assert answer.status == status, answer.text
     assert answer.json()["detail"]
@@ -271,17 +266,17 @@ def test_bad_requests_are_named_and_cost_nothing(
     ],
 )
 def test_bodies_that_are_no_json_are_refused(phantom: Viewing, body: bytes) -> None:
-    assert phantom.post("/render", body).status == 400
+    assert phantom.render(AXIAL, body).status == 400
 
 
 def test_a_body_too_long_is_refused(phantom: Viewing) -> None:
-    assert phantom.post("/render", b'{"a": "' + b"x" * 70_000).status == 413
+    assert phantom.render(AXIAL, b'{"a": "' + b"x" * 70_000).status == 413
 
 
 def test_what_is_no_volume_is_said(viewing: Viewing) -> None:
     viewing.archive.store_all(a_study(n_instances=2))
 
-    answer = viewing.post("/render", {"study": uid(1), "series": uid(1, 1)})
+    answer = viewing.render({"study": uid(1), "series": uid(1, 1)})
 
     assert answer.status == 422
     assert answer.json()["code"] == "input.not_a_volume"
@@ -306,12 +301,10 @@ def test_a_worker_that_is_killed_costs_one_request(phantom: Viewing) -> None:
         "height": 1024,
         "step": 0.25,
     }
-    assert phantom.post("/render", AXIAL).status == 200
+    assert phantom.render(AXIAL).status == 200
     (pid,) = phantom.views.volumes.pids()
     answers: list[Response] = []
-    asking = threading.Thread(
-        target=lambda: answers.append(phantom.post("/render", asked))
-    )
+    asking = threading.Thread(target=lambda: answers.append(phantom.render(asked)))
     asking.start()
     wait_until(lambda: not phantom.views.volumes.pids(), "the worker to be at work")
 
@@ -319,14 +312,13 @@ def test_a_worker_that_is_killed_costs_one_request(phantom: Viewing) -> None:
     asking.join()
 
     assert answers[0].status == 503
-    assert phantom.post("/render", AXIAL).status == 200
+    assert phantom.render(AXIAL).status == 200
     assert phantom.views.volumes.pids() != [pid]
 
 
 def test_a_client_that_leaves_stops_its_picture(phantom: Viewing) -> None:
     asked = json.dumps(
         {
-            **AXIAL,
             "kind": "volume",
             "preset": "soft",
             "width": 1400,
@@ -334,14 +326,15 @@ def test_a_client_that_leaves_stops_its_picture(phantom: Viewing) -> None:
             "step": 0.25,
         }
     ).encode()
-    assert phantom.post("/render", AXIAL).status == 200
+    assert phantom.render(AXIAL).status == 200
     pids = phantom.views.volumes.pids()
     address = urlsplit(phantom.base)
 
     with socket.create_connection((address.hostname, address.port)) as client:
         client.sendall(
-            b"POST /api/v1/viewer/render HTTP/1.1\r\nHost: x\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(asked), asked)
+            b"POST /api/v1/viewer/render?%s HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Length: %d\r\n\r\n%s"
+            % (urlencode(AXIAL).encode(), len(asked), asked)
         )
         wait_until(lambda: not phantom.views.volumes.pids(), "the worker to be busy")
     started = time.monotonic()
@@ -349,7 +342,7 @@ def test_a_client_that_leaves_stops_its_picture(phantom: Viewing) -> None:
     # The same process is free again long before the picture could have been done.
     wait_until(lambda: phantom.views.volumes.pids() == pids, "the worker to be free")
     assert time.monotonic() - started < 3
-    assert phantom.post("/render", AXIAL).status == 200
+    assert phantom.render(AXIAL).status == 200
 
 
 def test_volumes_are_kept_within_their_limit(
@@ -362,7 +355,7 @@ def test_volumes_are_kept_within_their_limit(
             made.archive.store_all(Phantom().datasets(seed=seed))
         for seed in range(1, 31):
             ref = {"study": uid(seed), "series": uid(seed, 1)}
-            assert made.post("/render", ref).status == 200
+            assert made.render(ref).status == 200
             assert made.views.volumes.kept() <= 1 << 20
         assert made.views.volumes.kept() == (1 << 20) // size * size
 
@@ -374,7 +367,7 @@ def test_a_volume_beyond_the_limit_is_refused(
     phantom = Phantom(shape=(40, 128, 128))
     with viewing_archive(tmp_path_factory.mktemp("large"), **settings) as made:
         made.archive.store_all(phantom.datasets())
-        answer = made.post("/render", AXIAL)
+        answer = made.render(AXIAL)
     assert answer.status == 413
     assert "volume_bytes" in answer.json()["detail"]
 
@@ -382,10 +375,10 @@ def test_a_volume_beyond_the_limit_is_refused(
 def test_pictures_of_a_changed_series_show_the_change(viewing: Viewing) -> None:
     datasets = Phantom().datasets(shuffled=False)
     viewing.archive.store_all(datasets[:10])
-    first = raw(viewing.post("/render", {**AXIAL, "format": "int16"}))[1]
+    first = raw(viewing.render({**AXIAL, "format": "int16"}))[1]
     viewing.archive.store_all(datasets[10:])
 
-    second = raw(viewing.post("/render", {**AXIAL, "format": "int16"}))[1]
+    second = raw(viewing.render({**AXIAL, "format": "int16"}))[1]
     whole = viewing.json(f"/series/{uid(1, 1)}/volume?study={uid(1)}")
 
     assert whole["size"][2] == 20
