@@ -165,8 +165,8 @@ def _resized(
         return image
     smaller = size[0] * size[1] < (box[2] - box[0]) * (box[3] - box[1])
     kind = Image.Resampling.HAMMING if smaller else Image.Resampling.BICUBIC
-    # A reduction by whole steps first: far smaller pictures of large images.
-    return image.resize(size, kind, box, reducing_gap=3.0 if smaller else None)
+    # Means of whole pixels first, then what is left: several times as fast.
+    return image.resize(size, kind, box, reducing_gap=1.0 if smaller else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ of every possible sample, and anything else the same functions over the frame.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -198,6 +199,11 @@ def padding_of(header: Header, frame: Frame) -> Padding | None:
     return Padding(min(ends), max(ends))
 
 
+#: Tables of 64 KiB that one process remembers.
+MAX_TABLES: Final = 64
+_TABLES: OrderedDict[tuple[Any, ...], Grey] = OrderedDict()
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """All steps from stored values to 8-bit grey.
@@ -225,16 +231,36 @@ class Chain:
         if frame.is_float or raw.dtype.itemsize > 2:
             values = frame.values(raw)
             return self._grey(values, self._voi(frame, lambda: values))
-        size = 1 << 8 * raw.dtype.itemsize
-        domain = frame.values(np.arange(size, dtype=raw.dtype))
+        return np.take(self._table(frame), raw)
+
+    def _table(self, frame: Frame) -> Grey:
+        """Return the grey of every possible sample; the last ones are remembered.
+
+        The images of a series mostly share theirs.
+        """
+        kind = frame.raw.dtype
+        form = (kind.str, frame.bits_stored, frame.shift, frame.signed)
+        luts = self.modality.lut or self.presentation.lut
+        kept = self.voi is not None and not isinstance(self.voi, Lookup) and not luts
+        key = (*form, self.modality.slope, self.modality.intercept, self.voi,
+               self.presentation.inverse, self.padding)  # fmt: skip
+        if kept and key in _TABLES:
+            _TABLES.move_to_end(key)
+            return _TABLES[key]
+        size = 1 << 8 * kind.itemsize
+        domain = frame.values(np.arange(size, dtype=kind))
 
         def present() -> NDArray[Any]:
             seen = np.zeros(size, np.bool_)
-            seen[raw.reshape(-1)] = True
+            seen[frame.raw.reshape(-1)] = True
             return domain[seen]
 
         table = self._grey(domain, self._voi(frame, present))
-        return np.take(table, raw)
+        if kept:
+            _TABLES[key] = table
+            if len(_TABLES) > MAX_TABLES:
+                _TABLES.popitem(last=False)
+        return table
 
     def _voi(
         self, frame: Frame, present: Callable[[], NDArray[Any]]

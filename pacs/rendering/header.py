@@ -69,12 +69,16 @@ class Item:
         What it lies in: text is decoded by the nearest declared character set.
     """
 
-    __slots__ = ("_charset", "_encoding", "_sequences", "_values", "outer")
+    __slots__ = ("_charset", "_encoding", "_sequences", "_values", "_view", "outer")
 
-    def __init__(self, encoding: Encoding, outer: Item | None = None) -> None:
+    def __init__(
+        self, encoding: Encoding, view: memoryview, outer: Item | None = None
+    ) -> None:
         self.outer = outer
+        self._view = view
         self._encoding = encoding
-        self._values: dict[int, tuple[bytes, Buffer]] = {}
+        #: VR, begin and end of each value.
+        self._values: dict[int, tuple[bytes, int, int]] = {}
         self._sequences: dict[int, list[Item]] = {}
         self._charset: Charset | None = None
 
@@ -88,7 +92,7 @@ class Item:
     def raw(self, tag: int) -> bytes:
         """Return a value's bytes; empty without."""
         found = self._values.get(tag)
-        return bytes(found[1]) if found is not None else b""
+        return bytes(self._view[found[1] : found[2]]) if found is not None else b""
 
     def items(self, tag: int) -> list[Item]:
         """Return the items of a sequence; none without."""
@@ -117,11 +121,11 @@ class Item:
         found = self._values.get(tag)
         if found is None:
             return []
-        vr, raw = found
+        vr, raw = found[0], self.raw(tag)
         if vr in {b"", b"UN"}:
             vr = effective_vr(tag, vr, len(raw), signed=False)
         try:
-            numbers = self._numbers(vr, bytes(raw))
+            numbers = self._numbers(vr, raw)
         except (ValueError, struct.error):
             return []
         return numbers if all(map(isfinite, numbers)) else []
@@ -163,9 +167,8 @@ class Item:
         found = self._values.get(tag)
         if found is None:
             return b""
-        vr, raw = found[0], bytes(found[1])
-        if self._encoding.order == "little" or vr != b"OW":
-            return raw
+        if self._encoding.order == "little" or found[0] != b"OW":
+            return self.raw(tag)
         return self.words(tag).astype("<u2").tobytes()
 
     def charset(self) -> Charset:
@@ -177,13 +180,35 @@ class Item:
                 self._charset = self.outer.charset()
         return self._charset
 
-    def add_value(self, tag: int, vr: bytes, value: Buffer) -> None:
-        """Keep an element; of a repeated tag the first wins."""
-        self._values.setdefault(tag, (vr, value))
+    def _fill(self, start: int, end: int) -> tuple[int, int, Encoding] | None:
+        """Read elements; stop at Per-Frame Functional Groups and return where it is.
 
-    def add_sequence(self, tag: int) -> list[Item]:
-        """Return the list that takes the items of a sequence."""
-        return self._sequences.setdefault(tag, [])
+        Of a repeated tag the first wins.
+        """
+        current, encoding = self, self._encoding
+        values = self._values
+        lists: list[list[Item]] = []
+        for kind, tag, vr, begin, stop in walk_dataset(
+            self._view, start, end, encoding, _LIMITS
+        ):
+            if kind == ELEMENT:
+                if tag not in values:
+                    values[tag] = (vr, begin, stop)
+                continue
+            if kind == SEQUENCE:
+                if tag == PER_FRAME_GROUPS and current is self:
+                    return begin, stop, _nested(encoding, vr)
+                lists.append(current._sequences.setdefault(tag, []))
+            elif kind == ITEM_START:
+                inner = Item(encoding, self._view, current)
+                lists[-1].append(inner)
+                current = inner
+            elif kind == ITEM_STOP:
+                current = current.outer or self
+            elif kind == SEQUENCE_STOP:
+                lists.pop()
+            values = current._values  # noqa: SLF001
+        return None
 
 
 class Header(Item):
@@ -197,8 +222,8 @@ class Header(Item):
 
     __slots__ = ("groups",)
 
-    def __init__(self, encoding: Encoding) -> None:
-        super().__init__(encoding)
+    def __init__(self, encoding: Encoding, view: memoryview) -> None:
+        super().__init__(encoding, view)
         self.groups: tuple[Item, ...] = ()
 
     def places(self, macro: int) -> Iterator[Item]:
@@ -236,45 +261,18 @@ def read_header(
     """
     view = memoryview(data)
     encoding = encoding_of(syntaxes.get(transfer_syntax_uid))
-    header = Header(encoding)
-    place = _fill(header, view, 0, len(view), encoding)
+    header = Header(encoding, view)
+    place = header._fill(0, len(view))  # noqa: SLF001
     if place is not None:
         start, stop, inner = place
-        item, end = _one_item(view, start, stop, inner, frame_index, key)
-        if item is not None:
-            item.outer = header
+        item, end = _one_item(header, start, stop, inner, frame_index, key)
         header.groups = tuple(
             group for group in (item, header.first(SHARED_GROUPS)) if group is not None
         )
-        _fill(header, view, end, len(view), encoding)
+        header._fill(end, len(view))  # noqa: SLF001
     elif shared := header.first(SHARED_GROUPS):
         header.groups = (shared,)
     return header
-
-
-def _fill(
-    header: Item, view: memoryview, start: int, end: int, encoding: Encoding
-) -> tuple[int, int, Encoding] | None:
-    """Read elements; stop at Per-Frame Functional Groups and return where it is."""
-    current = header
-    lists: list[list[Item]] = []
-    for kind, tag, vr, begin, stop in walk_dataset(view, start, end, encoding, _LIMITS):
-        if kind == ELEMENT:
-            current.add_value(tag, vr, view[begin:stop])
-        elif kind == SEQUENCE:
-            nested = _nested(encoding, vr)
-            if tag == PER_FRAME_GROUPS and current is header:
-                return begin, stop, nested
-            lists.append(current.add_sequence(tag))
-        elif kind == ITEM_START:
-            inner = Item(current._encoding, current)  # noqa: SLF001
-            lists[-1].append(inner)
-            current = inner
-        elif kind == ITEM_STOP:
-            current = current.outer or header
-        elif kind == SEQUENCE_STOP:
-            lists.pop()
-    return None
 
 
 def _nested(encoding: Encoding, vr: bytes) -> Encoding:
@@ -285,14 +283,10 @@ def _nested(encoding: Encoding, vr: bytes) -> Encoding:
 
 
 def _one_item(
-    view: memoryview,
-    start: int,
-    stop: int,
-    encoding: Encoding,
-    index: int,
-    key: bytes,
+    header: Header, start: int, stop: int, encoding: Encoding, index: int, key: bytes
 ) -> tuple[Item | None, int]:
     """Return one item of a sequence, and where the element after it begins."""
+    view = header._view  # noqa: SLF001
     known = _PLACES.get(key) if key else None
     if known is None:
         known = _jumped(view, start, stop, encoding)
@@ -306,8 +300,8 @@ def _one_item(
     if index >= len(bounds):
         return None, end
     first, last = bounds[index]
-    item = Item(encoding)
-    _fill(item, view, first, last, encoding)
+    item = Item(encoding, view, header)
+    item._fill(first, last)  # noqa: SLF001
     return item, end
 
 

@@ -37,7 +37,8 @@ from pacs.web.bodies import (
     send_parts,
     send_source,
 )
-from pacs.web.dependencies import StoredRoute, context, path_uid, readable
+from pacs.web.dependencies import context, path_uid, readable
+from pacs.web.direct import DirectRoute
 from pacs.web.frames import ENCAPSULATED_DOCUMENT, parse_frame_list
 from pacs.web.multipart import MultipartWriter, Part
 from pacs.web.negotiation import Offer, candidates
@@ -53,7 +54,7 @@ from storage.kernel.errors import (
 
 log = logging.getLogger(__name__)
 
-router = APIRouter(tags=["rendered"], route_class=StoredRoute)
+router = APIRouter(tags=["rendered"], route_class=DirectRoute)
 
 _INSTANCE = "/studies/{study}/series/{series}/instances/{instance}"
 #: Changes with what the same parameters give: then no cache may keep the old.

@@ -28,7 +28,8 @@ from pacs.web.bodies import (
     not_modified,
     send_source,
 )
-from pacs.web.dependencies import StoredRoute, path_uid, readable
+from pacs.web.dependencies import path_uid, readable
+from pacs.web.direct import DirectRoute
 from pacs.web.negotiation import DICOM, MAX_RANGES, Offer, accept_of, candidates
 from pacs.web.rendered import (
     ANIMATION,
@@ -44,7 +45,7 @@ from pacs.web.rendered import (
 from pacs.web.retrieve import instance_validators, transfer_target
 from storage.kernel.errors import InvalidParameter, NotFound, Unsupported
 
-router = APIRouter(tags=["WADO-URI"], route_class=StoredRoute)
+router = APIRouter(tags=["WADO-URI"], route_class=DirectRoute)
 
 _FILE: Final = Offer(DICOM)
 #: Text leaves in this character set only.
