@@ -60,6 +60,7 @@ from pacs.dimse.server import DimseServer
 from pacs.imaging.codecs import DecoderPool
 from pacs.services import commitment as commitment_service
 from pacs.services import forwarding as forwarding_service
+from pacs.services import renditions as rendition_service
 from pacs.services import sealing as sealing_service
 from pacs.services import settling as settling_service
 from pacs.services import thumbnails as thumbnail_service
@@ -75,6 +76,7 @@ from pacs.services.policy import AccessPolicy
 from pacs.services.query import QueryService
 from pacs.services.recovery import Recovery
 from pacs.services.rendering import RenderService
+from pacs.services.renditions import RenditionReader, Renditions
 from pacs.services.retirement import Retirement
 from pacs.services.retrieve import RetrieveService
 from pacs.services.sealing import Sealing
@@ -216,6 +218,7 @@ def open_node(settings: Settings) -> Node:
         decoders=decoders,
         limits=settings.limits,
         on_corrupt=metrics.CORRUPT_READS.inc,
+        renditions=RenditionReader(database, objects),
     )
     render = RenderService(retrieve=retrieve, workers=decoders)
     query = QueryService(database=database, limits=settings.limits, headers=retrieve)
@@ -669,7 +672,26 @@ def _background(
                 sealing.job, partial(sealing.follow, jobs=jobs), sealing_service.KINDS
             )
         )
+    renditions = Renditions(
+        database=node.database,
+        objects=node.objects,
+        frames=node.retrieve,
+        clock=node.clock,
+        folder=settings.data,
+        threads=settings.pacs.decoders,
+    )
+    if settings.packs.htj2k:
+        jobs.register(rendition_service.JOB, renditions.make, retry=for_days)
+        followers.append(
+            Follower(
+                rendition_service.JOB,
+                partial(renditions.follow, jobs=jobs),
+                rendition_service.KINDS,
+            )
+        )
     ticks = {
+        # Also where no more are made: what is deleted must not live on in a copy.
+        "renditions": renditions.tick,
         "settle": node.settling.tick,
         "recover": recovery(node).tick,
         "retire": retirement.tick,

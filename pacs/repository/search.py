@@ -9,7 +9,7 @@ rows and their order; several tenants are merged here.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count as numbers_from
 from itertools import islice
@@ -67,6 +67,18 @@ _BY_SERIES = Order(("series.number_order", "series.id"))
 _BY_INSTANCE = Order(
     ("series.number_order", "series.id", "instance.number_order", "instance.id")
 )
+#: Orders that can be asked for; of series and instances only within a study.
+ORDERS: Mapping[Level, Mapping[str, Order]] = {
+    Level.STUDY: STUDY_ORDERS,
+    Level.SERIES: {
+        "SeriesNumber": _BY_SERIES,
+        "-SeriesNumber": replace(_BY_SERIES, descending=True),
+    },
+    Level.IMAGE: {
+        "InstanceNumber": _BY_INSTANCE,
+        "-InstanceNumber": replace(_BY_INSTANCE, descending=True),
+    },
+}
 _LATEST = {
     Level.PATIENT: Order(("patient.id",)),
     Level.STUDY: NEWEST,

@@ -195,8 +195,47 @@ class FrameTableRow(Base):
     table_bytes: Mapped[bytes] = mapped_column(LargeBinary)
 
 
+class Rendition(Base):
+    """An object of the store that holds frames of a series in another encoding.
+
+    It can be made again. It goes as soon as one of the `n_instances` it was made of
+    has gone: `sha256` and their number are known once it is complete.
+    """
+
+    __tablename__ = "rendition"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    key: Mapped[str] = mapped_column(String(32), unique=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    series_instance_uid: Mapped[str] = mapped_column(Ordinal)
+    transfer_syntax_uid: Mapped[str] = mapped_column(String(64))
+    n_instances: Mapped[int] = mapped_column(Integer, default=0)
+    size_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    sha256: Mapped[bytes | None] = mapped_column(LargeBinary(32))
+    created_us: Mapped[int] = mapped_column(BigInteger)
+
+
+class InstanceRendition(Base):
+    """Where the frames of an instance are in a rendition.
+
+    `table_bytes` has offset, length and CRC-32C of each, 64 bits each, little endian.
+    """
+
+    __tablename__ = "instance_rendition"
+
+    instance_pk: Mapped[int] = mapped_column(
+        ForeignKey("instance.id", ondelete="CASCADE"), primary_key=True
+    )
+    rendition_pk: Mapped[int] = mapped_column(
+        ForeignKey("rendition.id", ondelete="CASCADE")
+    )
+    table_bytes: Mapped[bytes] = mapped_column(LargeBinary)
+
+    __table_args__ = (Index("ix_instance_rendition_rendition", "rendition_pk"),)
+
+
 class SeriesMetadata(Base):
-    """The WADO-RS metadata of a series, ready to send.
+    """The WADO-RS metadata of a series, ready to send, and its frame table.
 
     Valid while `revision` equals the series' own.
     """
@@ -209,6 +248,8 @@ class SeriesMetadata(Base):
     revision: Mapped[int] = mapped_column(Integer)
     etag: Mapped[str] = mapped_column(String(64))
     gzip_body: Mapped[bytes] = mapped_column(LargeBinary)
+    zstd_body: Mapped[bytes | None] = mapped_column(LargeBinary)
+    frames_body: Mapped[bytes | None] = mapped_column(LargeBinary)
 
 
 class Thumbnail(Base):

@@ -69,7 +69,7 @@ class SearchRequest:
     cursor : str
         `SearchPage.cursor` of the page before.
     order : str
-        A key of `STUDY_ORDERS`.
+        A key of `search.ORDERS` of the level.
     total : bool
         Count all matches, at most ``find_results``.
     base_url : str

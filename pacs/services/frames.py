@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from pacs.domain.study import StoredInstance
 from pacs.imaging import syntaxes
@@ -19,7 +20,7 @@ from pacs.repository import locate
 from pacs.services.sources import ByteSource, LazyBytes, spliced
 from pacs.services.stored import StoredObjects
 from storage.db.engine import Database
-from storage.kernel.errors import UnsupportedTransferSyntax
+from storage.kernel.errors import CorruptData, Gone, UnsupportedTransferSyntax
 from storage.kernel.limits import Limits
 
 EXPLICIT_LE = syntaxes.EXPLICIT_VR_LE
@@ -88,6 +89,19 @@ class StoredPixels:
     read_frame: Callable[[int], bytes]
 
 
+class Renditions(Protocol):
+    """Frames that have been encoded before."""
+
+    def forms(
+        self, instance: StoredInstance, numbers: Sequence[int], target: str
+    ) -> list[FrameForm] | None:
+        """Return frames in `target`; None when there are none of them.
+
+        Opening one raises Gone or CorruptData when it is not what it was.
+        """
+        ...
+
+
 class StoredFrames:
     """Finds frames and converts them.
 
@@ -97,6 +111,7 @@ class StoredFrames:
     objects : StoredObjects
     decoders : DecoderPool
     limits : Limits
+    renditions : Renditions, optional
     """
 
     def __init__(
@@ -105,7 +120,9 @@ class StoredFrames:
         objects: StoredObjects,
         decoders: DecoderPool,
         limits: Limits,
+        renditions: Renditions | None = None,
     ) -> None:
+        self._renditions = renditions
         self._database = database
         self._objects = objects
         self._decoders = decoders
@@ -188,13 +205,18 @@ class StoredFrames:
         spec = DecodeSpec.from_scan(source.scan or self._header_scan(instance))
         if target in ENCODERS:
             check_encodable(stored, target, spec)
-            return [
-                FrameForm(
-                    target,
-                    None,
-                    partial(self._encoded, source, parts, stored, target, spec),
-                )
+            made = [
+                partial(self._encoded, source, parts, stored, target, spec)
                 for parts in ranges
+            ]
+            kept = None
+            if self._renditions is not None:
+                kept = self._renditions.forms(instance, numbers, target)
+            if kept is None:
+                return [FrameForm(target, None, make) for make in made]
+            return [
+                FrameForm(target, form.length, partial(_opened, form, make))
+                for form, make in zip(kept, made, strict=True)
             ]
         forms = []
         for parts in ranges:
@@ -351,6 +373,18 @@ class StoredFrames:
         if syntaxes.get(uid).encapsulated:
             uid = EXPLICIT_LE
         return scan(head, 0, len(head), uid, self._limits)
+
+
+def _opened(kept: FrameForm, make: Callable[[], ByteSource]) -> ByteSource:
+    """Return a frame that was encoded before, or encode it once more."""
+    try:
+        return kept.open()
+    except (Gone, CorruptData):
+        source = make()
+        if source.length != kept.length:
+            # Its length may have been announced already.
+            raise
+        return source
 
 
 def _form(source: ByteSource, target: str) -> FrameForm:

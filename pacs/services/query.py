@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import orjson
@@ -32,8 +30,8 @@ from pacs.domain.matching import (
 from pacs.domain.study import Level, StoredInstance
 from pacs.repository import locate
 from pacs.repository.search import (
-    STUDY_ORDERS,
-    After,
+    ORDERS,
+    Order,
     Row,
     Selection,
     count,
@@ -41,6 +39,7 @@ from pacs.repository.search import (
     page,
     stream,
 )
+from pacs.services import cursors
 from pacs.services.answers import (
     ANSWERS,
     AVAILABILITY,
@@ -78,6 +77,10 @@ ROOTS: Mapping[str, tuple[Level, ...]] = {
 }
 
 
+#: What a page says that is not the last (PS3.18 8.3.4.4).
+ADDITIONAL = "There are additional results that can be requested."
+
+
 class HeaderSource(Protocol):
     """Gives attributes that the index does not hold."""
 
@@ -98,6 +101,8 @@ class SearchPage:
         More matches can be asked for, by `cursor` or by offset.
     total : int or None
         All matches, when known.
+    at_least : bool
+        Counting stopped at `total`; there may be more.
     warnings : tuple of str
         Texts for ``Warning: 299`` (PS3.18 8.3.4).
     """
@@ -106,6 +111,7 @@ class SearchPage:
     more: bool = False
     cursor: str = ""
     total: int | None = None
+    at_least: bool = False
     warnings: tuple[str, ...] = ()
 
     @property
@@ -297,12 +303,7 @@ class QueryService:
             limit = min(limit, request.limit)
         if not 0 <= request.offset < 2**62:
             raise InvalidParameter("offset", "out of range")
-        order = None
-        if request.order:
-            order = STUDY_ORDERS.get(request.order)
-            if order is None or level is not Level.STUDY:
-                known = ", ".join(STUDY_ORDERS) if level is Level.STUDY else "nothing"
-                raise InvalidParameter("orderby", f"this search is ordered by {known}")
+        order = _order(level, request)
         answer = ANSWERS[level](request)
         selection = Selection(
             level,
@@ -310,7 +311,7 @@ class QueryService:
             (KEY_FIELDS[level], *answer.fields),
             order=order,
         )
-        after = _decode(request.cursor) if request.cursor else None
+        after = cursors.decode(request.cursor, selection) if request.cursor else None
         extra = self._not_indexed(level, request, warnings)
         with self._database.read() as connection:
             found = page(
@@ -323,9 +324,8 @@ class QueryService:
             )
             kept = found.rows[:limit]
             more = len(found.rows) > limit
-            total = None
+            total, at_most = None, self._limits.find_results
             if request.total:
-                at_most = self._limits.find_results
                 total = count(connection, actor, selection, at_most=at_most)
             elif not more and after is None and (kept or not request.offset):
                 total = request.offset + len(kept)
@@ -339,10 +339,24 @@ class QueryService:
                 ]
         cursor = ""
         if more:
-            warnings.append("There are additional results that can be requested.")
+            warnings.append(ADDITIONAL)
             last = found.place(limit - 1) if limit else None
-            cursor = _encode(last) if last is not None else ""
-        return SearchPage(tuple(rows), more, cursor, total, tuple(warnings))
+            cursor = cursors.encode(last, selection) if last is not None else ""
+        at_least = request.total and total == at_most
+        return SearchPage(tuple(rows), more, cursor, total, at_least, tuple(warnings))
+
+    def count(self, actor: Actor, level: Level, request: SearchRequest) -> SearchPage:
+        """Count the matches of a search without answering with any.
+
+        Raises
+        ------
+        InvalidParameter, TooLarge
+            As `search`.
+        """
+        whole = replace(request, limit=0, offset=0, cursor="", order="", total=True)
+        found = self.search(actor, level, whole)
+        warnings = tuple(text for text in found.warnings if text != ADDITIONAL)
+        return replace(found, more=False, cursor="", warnings=warnings)
 
     def _not_indexed(
         self, level: Level, request: SearchRequest, warnings: list[str]
@@ -400,15 +414,33 @@ class QueryService:
             free_words=_words_of("text", wanted.text),
         )
         limit = max(1, min(limit, self._limits.query_limit))
-        after = _decode(cursor) if cursor else None
+        after = cursors.decode(cursor, selection) if cursor else None
         with self._database.read() as connection:
             found = page(connection, actor, selection, limit=limit + 1, after=after)
         more = len(found.rows) > limit
         last = found.place(limit - 1) if more else None
         return StudyList(
             tuple(_summary(row) for row in found.rows[:limit]),
-            _encode(last) if last is not None else "",
+            cursors.encode(last, selection) if last is not None else "",
         )
+
+
+def _order(level: Level, request: SearchRequest) -> Order | None:
+    """Return the order that was asked for; None: the level's own.
+
+    Raises
+    ------
+    InvalidParameter
+        This search has no such order. Series and instances have theirs within a study
+        only: over all of them no index could give it.
+    """
+    if not request.order:
+        return None
+    known = ORDERS[level] if level is Level.STUDY or request.study_uid else {}
+    if request.order not in known:
+        names = ", ".join(known) or "nothing"
+        raise InvalidParameter("orderby", f"this search is ordered by {names}")
+    return known[request.order]
 
 
 def _check_hierarchy(above: Iterable[Level], keys: Mapping[int, str]) -> None:
@@ -497,32 +529,3 @@ def _summary(row: Row) -> StudySummary:
     )
     named["modalities"] = tuple(filter(None, named["modalities"].split("\\")))
     return StudySummary(**named)
-
-
-def _encode(after: After) -> str:
-    """Return a place in an order as an opaque token."""
-    return (
-        base64.urlsafe_b64encode(orjson.dumps([after.phase, *after.values]))
-        .decode()
-        .rstrip("=")
-    )
-
-
-def _decode(cursor: str) -> After:
-    """Return the place a token stands for.
-
-    Raises
-    ------
-    InvalidParameter
-        It is not one of ours.
-    """
-    try:
-        if len(cursor) > 4096:
-            raise ValueError
-        padded = cursor + "=" * (-len(cursor) % 4)
-        phase, *values = orjson.loads(base64.b64decode(padded, b"-_", validate=True))
-    except (ValueError, TypeError, binascii.Error) as error:
-        raise InvalidParameter("cursor", "is not one that was given out") from error
-    if phase not in {0, 1} or type(phase) is not int:
-        raise InvalidParameter("cursor", "is not one that was given out")
-    return After(phase, tuple(values))

@@ -19,6 +19,7 @@ from pacs.repository.tables import (
     Deletion,
     FrameTableRow,
     Instance,
+    InstanceRendition,
     Patient,
     Series,
     SeriesMetadata,
@@ -53,6 +54,7 @@ BATCH = 500
 #: Children before their parents.
 _TABLES = (
     SeriesMetadata,
+    InstanceRendition,
     FrameTableRow,
     Instance,
     Series,

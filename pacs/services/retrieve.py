@@ -24,7 +24,7 @@ from pacs.imaging.frames import FrameTable
 from pacs.imaging.part10 import file_meta
 from pacs.imaging.transcode import can_convert, to_syntax
 from pacs.repository import locate
-from pacs.services.frames import FrameForm, StoredFrames, StoredPixels
+from pacs.services.frames import FrameForm, Renditions, StoredFrames, StoredPixels
 from pacs.services.metadata import MetadataBody, SeriesBundles
 from pacs.services.sources import ByteSource, chunked
 from pacs.services.stored import StoredObjects
@@ -76,6 +76,8 @@ class RetrieveService:
     limits : Limits
     on_corrupt : callable, optional
         Called when an object is found damaged.
+    renditions : Renditions, optional
+        Frames that have been encoded before.
     """
 
     def __init__(
@@ -86,13 +88,16 @@ class RetrieveService:
         decoders: DecoderPool,
         limits: Limits,
         on_corrupt: Callable[[], None] | None = None,
+        renditions: Renditions | None = None,
     ) -> None:
         self._database = database
         self._objects = StoredObjects(database, reader, on_corrupt)
         self._decoders = decoders
         self._limits = limits
-        self._frames = StoredFrames(database, self._objects, decoders, limits)
-        self._bundles = SeriesBundles(database, self.metadata)
+        self._frames = StoredFrames(
+            database, self._objects, decoders, limits, renditions
+        )
+        self._bundles = SeriesBundles(database, self.metadata, self._frames.table)
         self._remembered: OrderedDict[
             tuple[tuple[str, ...], Scope | None, str, str, str], StoredInstance
         ] = OrderedDict()

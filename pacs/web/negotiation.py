@@ -20,6 +20,7 @@ DICOM = "application/dicom"
 DICOM_JSON = "application/dicom+json"
 DICOM_XML = "application/dicom+xml"
 OCTETS = "application/octet-stream"
+ZIP = "application/zip"
 #: Any transfer syntax: as stored.
 ANY = "*"
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
+from starlette.responses import StreamingResponse
 
 from pacs.domain.study import StoredInstance
 from pacs.imaging import syntaxes
@@ -31,7 +32,8 @@ from pacs.web.dependencies import (
     readable,
 )
 from pacs.web.multipart import MultipartWriter, Part
-from pacs.web.negotiation import ANY, DICOM, Offer, accept_of, candidates
+from pacs.web.negotiation import ANY, DICOM, ZIP, Offer, accept_of, candidates
+from pacs.web.zip import archive, entries
 from storage.kernel.errors import Unsupported
 from storage.kernel.types import Actor
 
@@ -40,6 +42,7 @@ files = APIRouter(tags=["retrieve"], route_class=StoredRoute)
 
 DICOM_PARTS = Offer(DICOM, multipart=True)
 DICOM_SINGLE = Offer(DICOM)
+ZIP_FILE = Offer(ZIP)
 #: Never sent over DICOMweb (PS3.18 8.7.3.5.2).
 NEVER = frozenset((syntaxes.IMPLICIT_VR_LE, syntaxes.EXPLICIT_VR_BE))
 
@@ -103,24 +106,26 @@ Asked = Annotated[RetrieveContext, Depends()]
 @readable(router, "/studies/{study}")
 def retrieve_study(asked: Asked, study: str) -> Response:
     """Retrieve the instances of a study."""
-    return _instances(asked, asked.instances(study))
+    return _instances(asked, asked.instances(study), study)
 
 
 @readable(router, "/studies/{study}/series/{series}")
 def retrieve_series(asked: Asked, study: str, series: str) -> Response:
     """Retrieve the instances of a series."""
-    return _instances(asked, asked.instances(study, series))
+    return _instances(asked, asked.instances(study, series), series)
 
 
 @readable(router, "/studies/{study}/series/{series}/instances/{instance}")
 def retrieve_instance(asked: Asked, study: str, series: str, instance: str) -> Response:
     """Retrieve one instance."""
     found = asked.instance(study, series, instance)
-    offers = candidates(asked.accept(), (DICOM_PARTS, DICOM_SINGLE))
+    offers = candidates(asked.accept(), (DICOM_PARTS, DICOM_SINGLE, ZIP_FILE))
     for offer, wanted in offers:
         target = transfer_target(asked.retrieve, found, wanted)
         if target is None:
             continue
+        if offer == ZIP_FILE:
+            return _zip(asked, [found], [target], instance)
         validators = instance_validators(found, target)
         if offer.multipart:
             parts = [_part(asked, found, target)]
@@ -154,19 +159,54 @@ def instance_validators(instance: StoredInstance, form: str) -> Validators:
     return Validators(f"{instance.digest.hex()[:32]}-{form}", instance.received_us)
 
 
-def _instances(asked: RetrieveContext, found: Sequence[StoredInstance]) -> Response:
-    """Send many instances, each in the best syntax it can have."""
-    wanted = [syntax for _, syntax in candidates(asked.accept(), (DICOM_PARTS,))]
-    parts = []
+def _instances(
+    asked: RetrieveContext, found: Sequence[StoredInstance], name: str
+) -> Response:
+    """Send many instances, each in the best syntax it can have.
+
+    Parameters
+    ----------
+    name : str
+        Of an archive that is saved.
+    """
+    acceptable = candidates(asked.accept(), (DICOM_PARTS, ZIP_FILE))
+    form = acceptable[0][0]
+    wanted = [syntax for offer, syntax in acceptable if offer == form]
+    targets = []
     for instance in found:
-        targets = (
-            transfer_target(asked.retrieve, instance, syntax) for syntax in wanted
-        )
-        target = next((one for one in targets if one is not None), None)
+        named = (transfer_target(asked.retrieve, instance, syntax) for syntax in wanted)
+        target = next((one for one in named if one is not None), None)
         if target is None:
             raise _not_available(found)
-        parts.append(_part(asked, instance, target))
+        targets.append(target)
+    if form == ZIP_FILE:
+        return _zip(asked, found, targets, name)
+    parts = [
+        _part(asked, instance, target)
+        for instance, target in zip(found, targets, strict=True)
+    ]
     return send_parts(asked.request, MultipartWriter(DICOM, parts), Validators())
+
+
+def _zip(
+    asked: RetrieveContext,
+    found: Sequence[StoredInstance],
+    targets: Sequence[str],
+    name: str,
+) -> Response:
+    """Send instances in a ZIP archive."""
+    headers = {
+        **Validators().headers(),
+        **Attachment(f"{name}.zip").headers(),
+        "Content-Type": ZIP,
+    }
+    if asked.request.method == "HEAD":
+        return Response(None, 200, headers)
+    opened = (
+        asked.retrieve.part10(instance, target)
+        for instance, target in zip(found, targets, strict=True)
+    )
+    return StreamingResponse(archive(entries(found), opened), 200, headers)
 
 
 def _part(asked: RetrieveContext, instance: StoredInstance, target: str) -> Part:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pacs.web import (
+    capabilities,
+    count,
     delete,
     frames,
     metadata,
@@ -17,11 +19,15 @@ from pacs.web import (
 DICOMWEB = (
     frames.router,
     metadata.router,
+    # Before what takes the last part of a path for a UID.
+    count.router,
     search.router,
     rendered.router,
     retrieve.router,
     store.router,
     delete.router,
+    # Last: its OPTIONS takes any path.
+    capabilities.router,
 )
 #: Under ``/``.
 WADO_URI = (wado_uri.router,)

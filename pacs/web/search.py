@@ -20,6 +20,7 @@ from pacs.domain.matching import (
 )
 from pacs.domain.study import Level
 from pacs.services.query import SearchPage, SearchRequest
+from pacs.web.compression import coded
 from pacs.web.dependencies import (
     BaseUrl,
     Policy,
@@ -42,6 +43,9 @@ XML = Offer(DICOM_XML, multipart=True)
 MAX_PARAMETERS = 256
 MAX_WARNINGS = 16
 MAX_PATH_DEPTH = 8
+#: Extensions: how many matches there are, and whether counting stopped there.
+TOTAL = "X-Total-Count"
+TOTAL_IS_APPROXIMATE = "X-Total-Count-Approximate"
 
 
 class Search(Protocol):
@@ -49,6 +53,10 @@ class Search(Protocol):
 
     def search(self, actor: Actor, level: Level, request: SearchRequest) -> SearchPage:
         """Answer a search with ready JSON."""
+        ...
+
+    def count(self, actor: Actor, level: Level, request: SearchRequest) -> SearchPage:
+        """Count the matches of a search."""
         ...
 
 
@@ -59,7 +67,7 @@ async def query_service() -> Search:
 
 @context
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class SearchContext:
     """What every search route needs."""
 
     request: Request
@@ -68,8 +76,42 @@ class _Asked:
     query: Annotated[Search, Depends(query_service)]
     base_url: Annotated[BaseUrl, Depends(base_url)]
 
+    @property
+    def base(self) -> str:
+        """What addresses in the answer begin with."""
+        return self.base_url.of(self.request)
 
-Asked = Annotated[_Asked, Depends()]
+    def parsed(self, study: str | None, series: str | None) -> ParsedQuery:
+        """Return the search that is asked for, by someone who may search.
+
+        Raises
+        ------
+        InvalidParameter, NotAllowed
+        """
+        self.policy.require(self.actor, "find")
+        parsed = parse_query(self.request.scope["query_string"])
+        search = replace(
+            parsed.search,
+            study_uid=None if study is None else path_uid("study", study),
+            series_uid=None if series is None else path_uid("series", series),
+            base_url=self.base,
+        )
+        return replace(parsed, search=search)
+
+    def describe(
+        self, response: Response, parsed: ParsedQuery, found: SearchPage
+    ) -> None:
+        """Add the warnings and the total of an answer to its headers."""
+        agent = f"{self.base}/dicom-web"
+        for text in (*parsed.warnings, *found.warnings)[:MAX_WARNINGS]:
+            response.headers.append("Warning", _header(f"299 {agent}: {text}"))
+        if found.total is not None:
+            response.headers[TOTAL] = str(found.total)
+            if found.at_least:
+                response.headers[TOTAL_IS_APPROXIMATE] = "true"
+
+
+Asked = Annotated[SearchContext, Depends()]
 
 
 @router.get("/studies")
@@ -109,48 +151,40 @@ def search_instances_of_series(asked: Asked, study: str, series: str) -> Respons
 
 
 def _answer(
-    asked: _Asked, level: Level, study: str | None = None, series: str | None = None
+    asked: SearchContext,
+    level: Level,
+    study: str | None = None,
+    series: str | None = None,
 ) -> Response:
     """Parse, search, and write the answer in the form that was asked for."""
-    asked.policy.require(asked.actor, "find")
-    base = asked.base_url.of(asked.request)
-    parsed = parse_query(asked.request.scope["query_string"])
+    parsed = asked.parsed(study, series)
     accept = parsed.accept or asked.request.headers.get("accept", "")
     form = choose(accept, (JSON, XML))
-    wanted = replace(
-        parsed.search,
-        study_uid=None if study is None else path_uid("study", study),
-        series_uid=None if series is None else path_uid("series", series),
-        base_url=base,
-    )
-    found = asked.query.search(asked.actor, level, wanted)
-    agent = f"{base}/dicom-web"
-    response = _body(found, form)
-    for text in (*parsed.warnings, *found.warnings)[:MAX_WARNINGS]:
-        response.headers.append("Warning", _header(f"299 {agent}: {text}"))
-    if found.total is not None:
-        response.headers["X-Total-Count"] = str(found.total)
+    found = asked.query.search(asked.actor, level, parsed.search)
+    response = _body(asked.request, found, form)
+    asked.describe(response, parsed, found)
     if found.cursor:
-        following = f"{base}{_next(asked.request, found.cursor)}"
+        following = f"{asked.base}{_next(asked.request, found.cursor)}"
         response.headers["Link"] = _header(f'<{following}>; rel="next"')
     return response
 
 
-def _body(found: SearchPage, form: Offer) -> Response:
+def _body(request: Request, found: SearchPage, form: Offer) -> Response:
     if not found.rows:
         return Response(status_code=204)
     if form == JSON:
-        return Response(found.body, media_type=DICOM_JSON)
-    boundary = uuid.uuid4().hex
-    parts = b"".join(
-        b"--%s\r\nContent-Type: %s\r\n\r\n%s\r\n"
-        % (boundary.encode(), DICOM_XML.encode(), native_model(orjson.loads(row)))
-        for row in found.rows
-    )
-    kind = f"{XML}; boundary={boundary}"
-    return Response(
-        parts + b"--%s--\r\n" % boundary.encode(), headers={"Content-Type": kind}
-    )
+        text, kind = found.body, DICOM_JSON
+    else:
+        boundary = uuid.uuid4().hex
+        parts = b"".join(
+            b"--%s\r\nContent-Type: %s\r\n\r\n%s\r\n"
+            % (boundary.encode(), DICOM_XML.encode(), native_model(orjson.loads(row)))
+            for row in found.rows
+        )
+        text = parts + b"--%s--\r\n" % boundary.encode()
+        kind = f"{XML}; boundary={boundary}"
+    body, headers = coded(request, text, {"Content-Type": kind})
+    return Response(body, headers={**headers, "Vary": "Accept, Accept-Encoding"})
 
 
 def _header(value: str) -> str:

@@ -237,6 +237,9 @@ class Packs(_Part):
         512 * MIB, ge=0, description="answer A700/507 when less is free"
     )
     seal: bool = Field(True, description="settled series get a pack of their own")
+    htj2k: bool = Field(
+        False, description="settled series get HTJ2K lossless frames beside their own"
+    )
     seal_grace_seconds: float = Field(900, ge=0, description="longest read")
     rewrite_seconds: float = Field(
         86_400, ge=0, description="deadline for erasing deleted bytes"

@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from pacs.domain.study import Level
+from pacs.imaging.frames import FrameTable
 from pacs.repository import locate
 from pacs.services.metadata import SeriesBundles
 from pacs.services.query import QueryService, SearchRequest, StudyFilter
@@ -133,7 +134,9 @@ def test_a_study_does_not_tell_how_many_others_the_patient_has(
 
 
 def test_metadata_of_another_patient_do_not_exist(database: Database) -> None:
-    bundles = SeriesBundles(database, lambda _instance: b"{}")
+    bundles = SeriesBundles(
+        database, lambda _instance: b"{}", lambda _instance: FrameTable.empty()
+    )
     actor = replace(ACTOR, scope=CASES[1][0])
 
     with pytest.raises(NotFound):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Iterator
 from xml.etree import ElementTree as ET
 
 import pytest
+from backports import zstd
 
 from tests.support.datasets import ct_slice, part10, uid
 from tests.support.dicomweb import WebArchive, split
 from tests.support.wado import (
+    DOC,
     IMAGE,
     JSON,
+    MULTI,
     SERIES,
     STUDY,
+    VIDEO,
     get,
     keep,
     wado_archive,
@@ -56,6 +61,81 @@ def test_metadata_are_sent_compressed_to_who_takes_it(web: WebArchive) -> None:
     assert "content-encoding" not in plain.headers
     assert gzip.decompress(packed.body) == plain.body
     assert packed.headers["etag"] != plain.headers["etag"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "coding"),
+    [
+        ("gzip, deflate, br, zstd", "zstd"),
+        ("zstd;q=0.5, gzip", "gzip"),
+        ("x-gzip", "gzip"),
+        ("*", "zstd"),
+        ("*, zstd;q=0", "gzip"),
+        ("identity, gzip;q=0.5", None),
+        ("gzip;q=nonsense", None),
+        ("br", None),
+        ("", None),
+    ],
+)
+def test_text_comes_in_the_coding_a_client_likes_best(
+    web: WebArchive, asked: str, coding: str | None
+) -> None:
+    series = f"/studies/{STUDY}/series/{SERIES}"
+    for path in (
+        f"{series}/metadata",
+        f"{series}/bundle",
+        f"/studies/{STUDY}/metadata",
+        f"{IMAGE}/metadata",
+        f"/studies/{STUDY}/instances?includefield=all",
+    ):
+        plain = get(web, path, accept_encoding="identity")
+        answer = get(web, path, accept_encoding=asked)
+
+        assert answer.headers.get("content-encoding") == coding, path
+        assert "Accept-Encoding" in answer.headers["vary"]
+        if coding == "gzip":
+            assert gzip.decompress(answer.body) == plain.body
+        elif coding == "zstd":
+            reader = zstd.ZstdDecompressor()
+            assert reader.decompress(answer.body) == plain.body
+        if coding and "etag" in plain.headers:
+            assert answer.headers["etag"] != plain.headers["etag"]
+
+
+def test_pixels_are_never_coded(web: WebArchive) -> None:
+    for path in (f"{IMAGE}/frames/1", IMAGE, f"{IMAGE}/bulkdata/7FE00010"):
+        answer = get(web, path, accept_encoding="gzip, zstd")
+        assert "content-encoding" not in answer.headers
+
+
+def test_a_bundle_has_metadata_and_where_frames_end(web: WebArchive) -> None:
+    path = f"/studies/{STUDY}/series/{SERIES}"
+
+    answer = get(web, f"{path}/bundle")
+
+    bundle = answer.json()
+    assert bundle["metadata"] == get(web, f"{path}/metadata").json()
+    for number, entry in enumerate(bundle["frames"], start=1):
+        version = entry.pop("version")
+        assert re.fullmatch("[0-9a-f]{32}", version)
+        assert entry == {
+            "sop_instance_uid": uid(1, 1, number),
+            "transfer_syntax_uid": "1.2.840.10008.1.2.1",
+            "frames": 1,
+            "length": 2048,
+        }
+    tag = answer.headers["etag"]
+    assert get(web, f"{path}/bundle", if_none_match=tag).status == 304
+    for seed, expected in (
+        (MULTI, {"frames": 2, "length": 70}),
+        (VIDEO, {"frames": 1, "length": 46}),
+        (DOC, {"frames": 0}),
+    ):
+        other = f"/studies/{uid(seed)}/series/{uid(seed, 1)}/bundle"
+        (entry,) = get(web, other).json()["frames"]
+        assert expected.items() <= entry.items()
+        assert ("length" in entry) == ("length" in expected)
+    assert get(web, f"/studies/{uid(99)}/series/{uid(99, 1)}/bundle").status == 404
 
 
 def test_metadata_of_a_study_are_those_of_its_series(web: WebArchive) -> None:

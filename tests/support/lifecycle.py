@@ -25,6 +25,7 @@ from pacs.services.ingest import IngestService
 from pacs.services.packbook import PackBook
 from pacs.services.policy import AccessPolicy, KnownPeer
 from pacs.services.recovery import Recovered, Recovery
+from pacs.services.renditions import RenditionReader, Renditions
 from pacs.services.retirement import Retirement
 from pacs.services.retrieve import RetrieveService
 from pacs.services.sealing import Sealing
@@ -133,6 +134,15 @@ class Life:
             reader=self.reader,
             decoders=self.decoders,
             limits=Limits(),
+            renditions=RenditionReader(self.database, objects),
+        )
+        self.renditions = Renditions(
+            database=self.database,
+            objects=objects,
+            frames=self.retrieve,
+            clock=self.clock,
+            folder=folder,
+            threads=2,
         )
         policy = AccessPolicy(our_aes={}, peers=NoPeers(), open_access=False)
         self.settling = Settling(
@@ -232,6 +242,16 @@ class Life:
             self.sealing.follow(event, jobs)
         return sum(
             self.sealing.seal(payload)["instances"] for payload in jobs.asked.values()
+        )
+
+    def encode_all(self) -> int:
+        """Do the jobs that the settled studies ask for; return instances encoded."""
+        jobs = Jobs()
+        for event in self.events("study.settled"):
+            self.renditions.follow(event, jobs)
+        return sum(
+            self.renditions.make(payload)["instances"]
+            for payload in jobs.asked.values()
         )
 
     def roll(self) -> None:

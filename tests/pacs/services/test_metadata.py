@@ -52,7 +52,9 @@ class Counting:
     def __init__(self, archive: Archive) -> None:
         self.n_read = 0
         self._archive = archive
-        self.bundles = SeriesBundles(archive.database, self._write)
+        self.bundles = SeriesBundles(
+            archive.database, self._write, archive.retrieve.frame_table
+        )
 
     def _write(self, instance: StoredInstance) -> bytes:
         self.n_read += 1
