@@ -47,8 +47,11 @@ SAFE = frozenset(("GET", "HEAD", "OPTIONS"))
 BASIC_PATHS = ("/dicom-web/", "/wado")
 MAX_CREDENTIAL = 1024
 OPEN_LOGIN = Login(OPEN_ACTOR, "open")
-#: Query parameters of WADO-URI that name what is asked for (PS3.18 9.4).
-_WADO_NAMES = {"studyUID": "study", "seriesUID": "series", "objectUID": "instance"}
+#: Query parameters that name what is asked for: of WADO-URI (PS3.18 9.4), of ours.
+_PARAMETERS: Mapping[str, Mapping[str, str]] = {
+    "/wado": {"studyUID": "study", "seriesUID": "series", "objectUID": "instance"},
+    "/api/v1/viewer/series/{series}": {"study": "study"},
+}
 _KEPT_QUERY = 1024
 #: Segments of paths that name an object without a UID.
 _OBJECTS = ("name", "title", "transaction")
@@ -387,12 +390,13 @@ def event_of(
     if query:
         text = query[:_KEPT_QUERY].decode("latin-1")
         detail = {"query": text}
-        if rule.path == "/wado":
-            names = {
-                _WADO_NAMES[name]: value
-                for name, value in parse_qsl(text)
-                if name in _WADO_NAMES
+        parameters = _PARAMETERS.get(rule.path.partition("/**")[0], {})
+        if parameters:
+            asked = dict(parse_qsl(text))
+            found = {
+                kind: asked[name] for name, kind in parameters.items() if name in asked
             }
+            names = {**names, **found}
     kind = PERMISSIONS[action][0]
     purpose = actor.purpose
     if purpose is None and kind is Kind.STUDY:

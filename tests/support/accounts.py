@@ -10,6 +10,7 @@ from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import SecretStr
 from pydicom.dataset import Dataset
 from sqlalchemy import text
@@ -96,6 +97,7 @@ class Site:
 
     node: Node
     url: str
+    face: FastAPI
 
     def browser(self, **headers: str) -> Browser:
         return Browser(self.url, headers=headers)
@@ -186,8 +188,9 @@ def closed_site(
     node = composition.open_node(made)
     intake = Intake(node.ingest, made.limits, body_seconds=5)
     try:
-        with serving(composition.web_application(node, intake)) as address:
-            yield Site(node, address)
+        face = composition.web_application(node, intake)
+        with serving(face) as address:
+            yield Site(node, address, face)
     finally:
         intake.close()
         node.close()
