@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 import os
 import socket
 import subprocess
@@ -314,16 +315,29 @@ class _Process:
         self._socket, theirs = socket.socketpair()
         with theirs:
             try:
-                self._popen: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603
-                    (sys.executable, "-P", "-m", worker.__name__, str(decode_bytes)),
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env=_environment(),
-                )
+                self._popen = self._start(decode_bytes, theirs)
             except OSError as error:
                 self._socket.close()
                 raise DependencyDown("no decoder process could be started") from error
+
+    def _start(
+        self, decode_bytes: int, theirs: socket.socket
+    ) -> subprocess.Popen[bytes]:
+        memory = os.memfd_create("jobs")
+        try:
+            os.ftruncate(memory, worker.SHARED_BYTES)
+            self._shared = mmap.mmap(memory, worker.SHARED_BYTES)
+            started = (sys.executable, "-P", "-m", worker.__name__)
+            return subprocess.Popen(  # noqa: S603
+                (*started, str(decode_bytes), str(memory)),
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=_environment(),
+                pass_fds=(memory,),
+            )
+        finally:
+            os.close(memory)
 
     @property
     def pid(self) -> int:
@@ -348,9 +362,17 @@ class _Process:
         deadline = time.monotonic() + seconds
         name, arguments = job.handler.encode(), orjson.dumps(dict(job.arguments))
         lengths = [worker.LENGTH.pack(len(payload)) for payload in job.payloads]
-        head = worker.REQUEST.pack(alarm, len(name), len(arguments), len(lengths))
+        shared = sum(map(len, job.payloads)) <= worker.SHARED_BYTES
+        head = worker.REQUEST.pack(
+            alarm, len(name), len(arguments), len(lengths), shared
+        )
+        front = b"".join((head, *lengths, name, arguments))
+        if shared:
+            self._shared.seek(0)
+            for payload in job.payloads:
+                self._shared.write(payload)
         try:
-            for part in (b"".join((head, *lengths, name, arguments)), *job.payloads):
+            for part in (front,) if shared else (front, *job.payloads):
                 self._socket.settimeout(_left(deadline))
                 self._socket.sendall(part)
             outcome, n_head, n_body = worker.ANSWER.unpack(
@@ -387,6 +409,7 @@ class _Process:
     def end(self) -> None:
         """Kill the process, whatever it does, and wait for it."""
         self._socket.close()
+        self._shared.close()
         with suppress(OSError):
             self._popen.kill()
         self._popen.wait()

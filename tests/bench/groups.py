@@ -335,6 +335,66 @@ def retrieve(cache: Path, rounds: int, report: Report) -> None:
             report(interleaved(compared, servers, fetch, rounds=rounds))
 
 
+def render(cache: Path, rounds: int, report: Report) -> None:
+    """Pictures: frames as JPEG, thumbnails of instances and of a settled series."""
+    ct = files_of(cache, "ct")
+    plan = PLANS["ct"]
+    study = f"{ROOT}.2000.3000"
+    series = f"/dicom-web/studies/{study}/series/{study}.1"
+    images = [f"{series}/instances/{study}.1.{n}" for n in range(1, plan.n + 1)]
+    small = "viewport=256,256"
+    #: Name, what we are asked for, and Orthanc (it has no thumbnail resource).
+    jobs = [
+        ("Rendered CT frame to JPEG", "{}/frames/1/rendered", "{}/frames/1/rendered"),
+        (
+            "Rendered CT frame, window and size",
+            "{}/rendered?window=40,400,linear&" + small,
+            "{}/rendered?window=40,400,linear&" + small,
+        ),
+        ("Thumbnail of an instance", "{}/thumbnail", "{}/rendered?" + small),
+    ]
+    with running(
+        cache / "run", (huying(pacs__settle_seconds=2), orthanc(sync=False))
+    ) as servers:
+        for server in servers:
+            _fill(server, ct)
+        ours = servers[0]
+        if isinstance(ours, Huying):
+            _wait_for_sealing(ours)
+        asked = [
+            (name, [our.format(path) for path in images], [
+                their.format(path) for path in images
+            ])
+            for name, our, their in jobs
+        ]  # fmt: skip
+        asked.append(
+            ("Thumbnail of a settled series", [f"{series}/thumbnail"],
+             [f"{series}/rendered?{small}"])
+        )  # fmt: skip
+        for name, our_paths, their_paths in asked:
+            for connections in (1, 8):
+
+                def run(
+                    server: Server,
+                    number: int,
+                    connections: int = connections,
+                    our_paths: list[str] = our_paths,
+                    their_paths: list[str] = their_paths,
+                ) -> Sample:
+                    mine = isinstance(server, Huying)
+                    paths = our_paths if mine else their_paths
+                    ask = _asking(paths, "image/jpeg", connections, 1.0, 2)
+                    return ask(server, number)
+
+                targets = [Target(ORTHANC_NOSYNC, 2, 3)]
+                unit = "connection" if connections == 1 else "connections"
+                title = f"{name}, {connections} {unit}"
+                compared = Comparison(title, "pictures", targets)
+                for server in servers:
+                    run(server, -1)
+                report(interleaved(compared, servers, run, rounds=rounds))
+
+
 def _fill(server: Server, files: Sequence[str]) -> None:
     one = {
         "kind": "store", "port": server.dimse_port, "aet": server.aet,
@@ -425,5 +485,6 @@ GROUPS: dict[str, Callable[[Path, int, Report], None]] = {
     "stow": stow,
     "query": query,
     "retrieve": retrieve,
+    "render": render,
     "memory": memory,
 }

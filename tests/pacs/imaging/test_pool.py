@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pacs.imaging.pool import Job, WorkerPool
+from pacs.imaging.worker import SHARED_BYTES
 from storage.kernel.errors import (
     DependencyDown,
     ImagingError,
@@ -51,18 +52,20 @@ def talk(arguments, payloads):
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool]:
     (tmp_path / "handlers.py").write_text(HANDLERS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    made = WorkerPool(Limits(decode_bytes=64 * MIB))
+    made = WorkerPool(Limits(decode_bytes=96 * MIB))
     yield made
     made.close()
 
 
-def test_a_job_answers_with_a_head_and_a_body(pool: WorkerPool) -> None:
-    payloads = (b"one", memoryview(b"two"), b"", b"x" * 3_000_000)
+@pytest.mark.parametrize("size", [0, 3_000_000, SHARED_BYTES, 2 * SHARED_BYTES])
+def test_a_job_answers_with_a_head_and_a_body(pool: WorkerPool, size: int) -> None:
+    for last in (b"x", b"y"):
+        payloads = (b"one", memoryview(b"two"), b"", last * size)
 
-    answer = pool.run(Job("handlers:joined", {"text": "曹操"}, payloads))
+        answer = pool.run(Job("handlers:joined", {"text": "曹操"}, payloads))
 
-    assert answer.head == {"n": 4, "text": "曹操"}
-    assert answer.body == b"one-two--" + b"x" * 3_000_000
+        assert answer.head == {"n": 4, "text": "曹操"}
+        assert answer.body == b"one-two--" + last * size
 
 
 @pytest.mark.parametrize(
