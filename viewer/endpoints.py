@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import orjson
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from storage.kernel.errors import InvalidParameter, NotFound
+from storage.kernel.errors import InvalidParameter, NotFound, Unavailable
 from storage.kernel.types import Actor
 from viewer import framing, likely
 from viewer.http import (
@@ -53,6 +54,10 @@ PathUid = Annotated[str, Path(pattern=UID)]
 #: In the address, not in a body: what is looked at belongs into every record of it.
 QueryUid = Annotated[str, Query(pattern=UID)]
 RAW = "1.2.840.10008.1.2.1"
+#: Pictures under way wait in threads of their own: all other routes keep theirs.
+ROOM = CapacityLimiter(8)
+#: More are told to come back.
+MAX_WAITING = 32
 
 
 async def current_actor() -> Actor:
@@ -271,9 +276,10 @@ async def render(
     """
     asked = parse(await read_json(request))
     caller = source.caller()
-    drawing = asyncio.ensure_future(
-        run_in_threadpool(_draw, actor, policy, source, (study, series), asked, caller)
-    )
+    if ROOM.statistics().tasks_waiting >= MAX_WAITING:
+        raise Unavailable("too many pictures of volumes are asked for")
+    draw = partial(_draw, actor, policy, source, (study, series), asked, caller)
+    drawing = asyncio.ensure_future(to_thread.run_sync(draw, limiter=ROOM))
     watching = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({drawing, watching}, return_when=asyncio.FIRST_COMPLETED)

@@ -342,10 +342,16 @@ class _Blocks:
     """Which blocks of the volume hold anything that the table shows."""
 
     def __init__(self, voxels: Voxels, table: _Table) -> None:
-        seen = (voxels > table.above) & (voxels < table.below)
-        for axis, size in enumerate(voxels.shape):
-            starts = np.arange(0, size, _BLOCK)
-            seen = np.logical_or.reduceat(seen, starts, axis=axis)
+        layers = []
+        # A layer of blocks at a time: the whole volume once more would not fit.
+        for first in range(0, voxels.shape[0], _BLOCK):
+            some = voxels[first : first + _BLOCK]
+            layer = ((some > table.above) & (some < table.below)).any(axis=0)
+            for axis, size in enumerate(layer.shape):
+                starts = np.arange(0, size, _BLOCK)
+                layer = np.logical_or.reduceat(layer, starts, axis=axis)
+            layers.append(layer)
+        seen = np.stack(layers)
         # What is looked at from the middle of a leap may lie in the next block.
         for axis in range(3):
             grown = seen.copy()

@@ -29,13 +29,21 @@ from pacs.services.overlays_budget import Budget, Reader
 from pacs.services.overlays_planes import ImagePlanes
 from pacs.services.retrieve import RetrieveService
 from pacs.services.volumes import VolumeService, one_tenant
-from storage.kernel.errors import InvalidInput, NotFound, TooLarge, Unsupported
+from storage.kernel.errors import (
+    DependencyDown,
+    InvalidInput,
+    NotFound,
+    TooLarge,
+    Unsupported,
+)
 from storage.kernel.limits import MIB, Limits
 from storage.kernel.types import Actor
 
 VERSION: Final = 1
 #: Documents of one process that are kept, all together.
 KEPT_BYTES: Final = 32 * MIB
+#: Documents of one process that are made at a time.
+MAX_MAKING: Final = 2
 #: Header of an object that is read as JSON.
 MAX_HEADER: Final = 64 * MIB
 
@@ -72,6 +80,7 @@ class OverlayService:
         self._volumes = volumes
         self._limits = limits
         self._lock = threading.Lock()
+        self._room = threading.Semaphore(MAX_MAKING)
         self._kept: OrderedDict[str, bytes] = OrderedDict()
 
     def version(self, actor: Actor, study_uid: str, series_uid: str | None) -> str:
@@ -91,11 +100,26 @@ class OverlayService:
         NotFound, Unavailable
         """
         found = self._find(actor, study_uid, series_uid)
+        kept = self._lookup(found.version)
+        if kept is not None:
+            return kept
+        if not self._room.acquire(timeout=self._limits.render_seconds):
+            raise DependencyDown("too many overlays are asked for")
+        try:
+            # Whoever was here before may have made it.
+            kept = self._lookup(found.version)
+            return self._keep(found) if kept is None else kept
+        finally:
+            self._room.release()
+
+    def _lookup(self, version: str) -> bytes | None:
         with self._lock:
-            kept = self._kept.get(found.version)
+            kept = self._kept.get(version)
             if kept is not None:
-                self._kept.move_to_end(found.version)
-                return kept
+                self._kept.move_to_end(version)
+            return kept
+
+    def _keep(self, found: _Study) -> bytes:
         made = orjson.dumps(self._made(found))
         with self._lock:
             self._kept[found.version] = made

@@ -21,6 +21,7 @@ from tests.support.viewing import Viewing, viewing_archive
 from tests.support.volumes import Phantom
 from tests.support.waiting import wait_until
 from tests.support.web import Response
+from viewer.endpoints import MAX_WAITING, ROOM
 
 AXIAL = {"study": uid(1), "series": uid(1, 1)}
 SAGITTAL = {"study": uid(1), "series": uid(1, 2)}
@@ -343,6 +344,35 @@ def test_a_client_that_leaves_stops_its_picture(phantom: Viewing) -> None:
     wait_until(lambda: phantom.views.volumes.pids() == pids, "the worker to be free")
     assert time.monotonic() - started < 3
     assert phantom.render(AXIAL).status == 200
+
+
+def test_a_flood_is_told_to_come_back_and_holds_nobody_else(phantom: Viewing) -> None:
+    asked = {
+        **AXIAL,
+        "kind": "volume",
+        "preset": "soft",
+        "width": 300,
+        "height": 300,
+        "step": 0.5,
+    }
+    statuses: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: statuses.append(phantom.render(asked).status))
+        for _ in range(int(ROOM.total_tokens) + MAX_WAITING + 10)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: 503 in statuses, "the first to be sent away")
+
+    started = time.monotonic()
+    assert phantom.get(f"/manifest/{uid(1)}").status == 200
+    waited = time.monotonic() - started
+
+    for thread in threads:
+        thread.join()
+    assert waited < 3
+    assert statuses.count(503) >= 5
+    assert statuses.count(200) + statuses.count(503) == len(threads)
 
 
 def test_volumes_are_kept_within_their_limit(
