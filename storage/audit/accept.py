@@ -22,7 +22,7 @@ from storage.audit.append import (
     head_of,
 )
 from storage.audit.chain import GENESIS, Head, Sealer
-from storage.audit.event import AuditEvent
+from storage.audit.event import AuditEvent, detail_text
 from storage.audit.keys import Memory, Seen
 from storage.audit.verify import ACCEPT, ACCEPTED, Damage, Verification
 from storage.db.engine import Database
@@ -69,7 +69,10 @@ def accept(
         begin_anew(connection, head, sealer)
         resume = replace(event, action=RESUME)
         named = replace(event, action=ACCEPT, detail={ACCEPTED: accepted})
-        entries = [entry_of(one, now_us, DETAIL_BYTES) for one in (resume, named)]
+        entries = [
+            entry_of(one, now_us, detail_text(one.detail, DETAIL_BYTES))
+            for one in (resume, named)
+        ]
         _, new = append(connection, found.stream, entries, sealer, now_us)
     memory.begin_anew(Seen(new.sequence, new.hash, new.time_us))
     return new

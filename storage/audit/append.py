@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter, le
 from typing import Any
 
 from sqlalchemy import Connection, select, update
@@ -16,7 +17,8 @@ from sqlalchemy.exc import IntegrityError
 
 from storage.audit import chain
 from storage.audit.chain import CONTENT, GENESIS, Head, Sealer
-from storage.audit.event import MAX_DIGEST_BYTES, AuditEvent, detail_text, fitted
+from storage.audit.event import LENGTHS as _LIMITS
+from storage.audit.event import MAX_DIGEST_BYTES, AuditEvent, clean, plain
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
 from storage.kernel.errors import CorruptData
 
@@ -28,6 +30,17 @@ ANCHOR_US = 3600 * 1_000_000
 _OF_PLACE = 7
 GIVEN = CONTENT[_OF_PLACE:]
 _TEXTS = GIVEN[: GIVEN.index("detail")]
+_LENGTHS = tuple(_LIMITS[name] for name in _TEXTS)
+_texts_of = attrgetter(*_TEXTS)
+_ROLES, _OUTCOME = _TEXTS.index("roles"), _TEXTS.index("outcome")
+#: Fields of which "" means none, and is no value in the record.
+_OPTIONAL = tuple(
+    _TEXTS.index(name)
+    for name in (
+        "object_tenant", "patient_id", "study_uid", "series_uid", "instance_uid",
+        "object_id",
+    )
+)  # fmt: skip
 _COLUMNS = (*CONTENT, "hash", "key_id", "mac")
 
 
@@ -48,15 +61,19 @@ class Entry:
     count: int
     values: tuple[Any, ...]
 
-    def put(self, name: str, text: str) -> None:
-        """Give a field another text."""
+    def drop(self, name: str) -> None:
+        """Leave a field without a value."""
         at = GIVEN.index(name)
-        value = fitted(name, text)
-        self.values = (*self.values[:at], value, *self.values[at + 1 :])
+        self.values = (*self.values[:at], None, *self.values[at + 1 :])
 
 
-def entry_of(event: AuditEvent, now_us: int, detail_bytes: int) -> Entry:
+def entry_of(event: AuditEvent, now_us: int, detail: str) -> Entry:
     """Return an event as it is written; what is wrong with it is found here.
+
+    Parameters
+    ----------
+    detail : str
+        `detail_text` of its detail.
 
     Raises
     ------
@@ -66,25 +83,23 @@ def entry_of(event: AuditEvent, now_us: int, detail_bytes: int) -> Entry:
     time_us = event.time_us or now_us
     if not 0 <= time_us < 1 << 62:
         raise TypeError("time_us is no time")
-    values = [
-        str(event.outcome)
-        if name == "outcome"
-        else fitted(name, ",".join(sorted(event.roles)))
-        if name == "roles"
-        else fitted(name, getattr(event, name))
-        for name in _TEXTS
-    ]
-    return Entry(
-        time_us,
-        time_us,
-        1,
-        (
-            *values,
-            detail_text(event.detail, detail_bytes),
-            _digest(event.before),
-            _digest(event.after),
-        ),
-    )
+    texts: list[Any] = list(_texts_of(event))
+    texts[_ROLES] = ",".join(sorted(event.roles))
+    texts[_OUTCOME] = event.outcome.value
+    # Nearly all text needs nothing: see that at the price of one look.
+    if not (
+        all(type(text) is str for text in texts)
+        and all(map(le, map(len, texts), _LENGTHS))
+        and "".join(texts).isprintable()
+    ):
+        texts = [
+            clean(plain(text), length)
+            for text, length in zip(texts, _LENGTHS, strict=True)
+        ]
+    for at in _OPTIONAL:
+        texts[at] = texts[at] or None
+    before, after = _digest(event.before), _digest(event.after)
+    return Entry(time_us, time_us, 1, (*texts, detail, before, after))
 
 
 def _digest(value: bytes | None) -> bytes | None:

@@ -105,6 +105,7 @@ class AuditEvent:
 #: Characters kept of each field; longer text ends in `CUT`.
 LENGTHS: Mapping[str, int] = MappingProxyType(
     {
+        "outcome": 8,
         "tenant": 64,
         "actor": 128,
         "roles": 128,
@@ -157,26 +158,9 @@ def clean(text: str, length: int) -> str:
     return text if text.isprintable() else text.translate(_VISIBLE)
 
 
-#: Fields of which "" means none, and is no value in the record.
-_OPTIONAL = frozenset(
-    (
-        "object_tenant",
-        "patient_id",
-        "study_uid",
-        "series_uid",
-        "instance_uid",
-        "object_id",
-    )
-)
-
-
-def fitted(name: str, text: str) -> str | None:
-    """Return the text of a field of `LENGTHS` as it is recorded."""
-    if type(text) is not str:
-        # Members of enumerations: a driver may write their names.
-        text = str.__str__(text)
-    kept = clean(text, LENGTHS[name])
-    return kept or None if name in _OPTIONAL else kept
+def plain(text: str) -> str:
+    """Return the text itself: of members of enumerations drivers write the name."""
+    return text if type(text) is str else str.__str__(text)
 
 
 def detail_text(detail: Detail | None, allowed: int) -> str:

@@ -48,6 +48,8 @@ EAGER = 1000
 KEY_CHARS = 8192
 
 _INSTANCE = GIVEN.index("instance_uid")
+#: Where a key has the text of the detail.
+_KEY_DETAIL = -1
 
 
 @dataclass(slots=True)
@@ -75,7 +77,7 @@ class _Fold:
         entry.count += more
         if entry.values[_INSTANCE] not in {None, instance}:
             # Several: the record names what they have in common.
-            entry.put("instance_uid", "")
+            entry.drop("instance_uid")
 
 
 class AuditTrail:
@@ -148,7 +150,7 @@ class AuditTrail:
             if fold is not None and fold.waiting is not None:
                 fold.add(1, now_us, event.instance_uid)
                 return
-        entry = entry_of(event, now_us, self._limits.audit_detail_bytes)
+        entry = entry_of(event, now_us, key[_KEY_DETAIL])
         if sum(map(len, key)) > KEY_CHARS:
             # Bound: what is kept in memory is cut as the record is.
             key = tuple(str(value) for value in entry.values[:_INSTANCE])
@@ -233,7 +235,8 @@ class AuditTrail:
             )
 
     def _entry(self, event: AuditEvent) -> Entry:
-        return entry_of(event, self._clock.now_us(), self._limits.audit_detail_bytes)
+        detail = detail_text(event.detail, self._limits.audit_detail_bytes)
+        return entry_of(event, self._clock.now_us(), detail)
 
     def _key(self, event: AuditEvent) -> tuple[str, ...]:
         """Return what reads must share to be one record: all but time and instance."""
