@@ -203,14 +203,15 @@ def _encoded(codec: str, samples: Samples, spec: EncodeSpec) -> bytes:
         )
     precision = _precision(samples, spec)
     if codec == "jpeg":
-        # Signs are patterns; and the library takes arrays of words from nine bits on.
-        whole = spec.signed or spec.bits_allocated == 8
+        # Signs are patterns of all bits. The library takes up to eight bits as bytes.
+        bits = spec.bits_allocated if spec.signed else max(2, precision)
+        patterns = samples.view(unsigned)
         return bytes(
             imagecodecs.jpeg8_encode(
-                samples.view(unsigned),
+                patterns.astype(np.uint8) if bits <= 8 else patterns,
                 lossless=True,
                 predictor=1,
-                bitspersample=spec.bits_allocated if whole else max(9, precision),
+                bitspersample=bits,
             )
         )
     transformed = spec.photometric == "RGB"

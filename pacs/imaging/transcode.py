@@ -262,7 +262,7 @@ class _Rewriter:
         if scope.spec is not None and tag in _OFFSET_TABLES:
             return
         if tag == PIXEL_DATA and scope.target in ENCODERS and scope.spec is not None:
-            yield from self._encapsulate(scope, begin, stop)
+            yield from self._encapsulate(scope, vr, begin, stop)
             return
         length = stop - begin
         known = vr if vr in _KNOWN else b"UN"
@@ -306,7 +306,7 @@ class _Rewriter:
             raise MalformedObject("frames are missing", PIXEL_DATA)
         stored = (self._stored_frame(table, i + 1) for i in range(frames))
         if scope.target in ENCODERS:
-            yield from self._encoded(stored, spec, scope.target)
+            yield from self._encoded(stored, self._stored, spec, scope.target)
             return
         total = -(-spec.frame_bits * frames // 8)
         if total > min(self._limits.inflated_bytes, 0xFFFFFFFE):
@@ -331,22 +331,30 @@ class _Rewriter:
             for offset, length in table.ranges(number)
         )
 
-    def _encapsulate(self, scope: _Scope, begin: int, stop: int) -> Iterator[Buffer]:
+    def _encapsulate(
+        self, scope: _Scope, vr: bytes, begin: int, stop: int
+    ) -> Iterator[Buffer]:
         """Encode native Pixel Data of the data set itself."""
         spec = scope.spec
         if spec is None:
             raise MalformedObject("no frame size", PIXEL_DATA)
-        frames = native_frames(self._data[begin:stop], spec, self._n_frames())
-        yield from self._encoded(frames, spec, scope.target)
+        known = vr or self._implied_vr(scope, PIXEL_DATA, stop - begin)
+        if known == b"OW" and spec.bits_allocated > 16:
+            # Samples of more than a word are swapped as a whole (PS3.5 7.3).
+            known = {32: b"OL", 64: b"OV"}[spec.bits_allocated]
+        # Swapped before it is parted: a frame may end within a word.
+        value = memoryview(little_endian(self._data[begin:stop], known, scope.order))
+        frames = native_frames(value, spec, self._n_frames())
+        yield from self._encoded(frames, syntaxes.EXPLICIT_VR_LE, spec, scope.target)
 
     def _encoded(
-        self, frames: Iterator[bytes], spec: DecodeSpec, target: str
+        self, frames: Iterator[bytes], stored: str, spec: DecodeSpec, target: str
     ) -> Iterator[Buffer]:
         """Yield Pixel Data with one fragment for each frame (PS3.5 A.4)."""
         items: list[bytes] = []
         total = 0
         for frame in frames:
-            one = encoded_frame(frame, self._stored, target, spec, self._decoders)
+            one = encoded_frame(frame, stored, target, spec, self._decoders)
             items.append(one + bytes(len(one) % 2))
             total += len(items[-1]) + 8
             if total > self._limits.inflated_bytes:

@@ -115,8 +115,10 @@ def test_precision_is_that_of_the_samples() -> None:
             # OpenJPEG reads what OpenJPH wrote, sign and range included.
             other = imagecodecs.jpeg2k_decode(encoded)
             assert np.array_equal(other, array)
-    spec = EncodeSpec(32, 32, 1, 16, 12, False, "MONOCHROME2")
-    assert jpeg_shape(encode(JPEG_SV1, noise(spec, 12), spec)).precision == 12
+    for allocated, stored in ((16, 12), (16, 9), (16, 8), (16, 5), (8, 7), (8, 8)):
+        spec = EncodeSpec(32, 32, 1, allocated, stored, False, "MONOCHROME2")
+        encoded = encode(JPEG_SV1, noise(spec, stored), spec)
+        assert jpeg_shape(encoded).precision == stored
 
 
 def test_jpeg_lossless_is_first_order_prediction() -> None:
