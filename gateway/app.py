@@ -1,44 +1,25 @@
 """The composition root: builds every part from settings; the only wiring.
 
-Each process kind has its function here: `run_web`, `run_dimse`, `run_worker`. They
-build what they need after forking, so that no connection, thread or lock crosses.
+Each process kind has its function: `run_dimse` and `run_worker` here, `run_web` in
+`gateway.face`. They build what they need after forking, so that no connection, thread
+or lock crosses.
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
 import os
 import shutil
-import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Any
 
-import uvicorn
-import uvloop
-from fastapi import FastAPI
-
-import pacs.web.dependencies
-import viewer.app
-import viewer.endpoints
-from gateway import audit as audit_routes
-from gateway import metrics, pages, viewing
-from gateway.http import access, api, application, health
-from gateway.http.client import Clients
-from gateway.http.protocol import BoundedProtocol
-from gateway.http.rules import RuleTable
+from gateway import metrics, viewing
 from gateway.identity import assembly
-from gateway.identity import routes as identity_routes
-from gateway.identity.pages import login_page
 from gateway.worker import (
     PRUNE_SECONDS,
     Follower,
@@ -82,38 +63,26 @@ from pacs.services.retrieve import RetrieveService
 from pacs.services.sealing import Sealing
 from pacs.services.settling import Settling
 from pacs.services.thumbnails import ThumbnailService
-from pacs.web import delete, rendered, retrieve, search, store
-from pacs.web.intake import Intake
-from pacs.web.routes import DICOMWEB as DICOMWEB_ROUTERS
-from pacs.web.routes import REST as REST_ROUTERS
-from pacs.web.routes import WADO_URI as WADO_URI_ROUTERS
 from storage import activity
 from storage.audit import AuditTrail
-from storage.audit.search import AuditReader
 from storage.audit.trail import FOLDER as AUDIT
 from storage.db.engine import Database
 from storage.jobs.runner import JobRunner, Retry
 from storage.kernel.clock import SystemClock
-from storage.kernel.errors import DependencyDown, NotFound, Unavailable
+from storage.kernel.errors import NotFound, Unavailable
 from storage.kernel.settings import Settings
 from storage.objects.files import FileObjectStore
 from storage.objects.protocol import ObjectStore
 from storage.outbox import ChangeFeed, Event
 from storage.packs.reader import PackReader
 from storage.packs.writer import PackWriter
-from viewer.activity import ArchiveActivity
 
 log = logging.getLogger(__name__)
 
 PACKS = "packs"
 OBJECTS = "objects"
-DICOMWEB = "/dicom-web"
-#: Requests under way when a web process is told to stop have this long to end.
-DRAIN_SECONDS = 15
 #: How often the worker looks at queues, lags and free space for `/metrics`.
 GAUGE_SECONDS = 10.0
-#: Connections of one web process; more are answered 503.
-MAX_CONNECTIONS = 2000
 #: Series that are sealed at a time; a queue is looked at twice a second.
 SEALING = 4
 #: Lower priority of the worker: receiving and answering come first.
@@ -285,7 +254,7 @@ def rules(settings: Settings) -> Rules:
 
 
 @contextmanager
-def _opened(settings: Settings) -> Iterator[Node]:
+def running_node(settings: Settings) -> Iterator[Node]:
     """Yield the services of a process that runs until it is told to stop."""
     node = open_node(settings)
     stop = threading.Event()
@@ -332,180 +301,6 @@ def prepare(settings: Settings) -> None:
         node.close()
 
 
-def run_web(settings: Settings, listener: socket.socket, _slot: int) -> None:
-    """Be one web process until SIGTERM."""
-    with _opened(settings) as node:
-        intake = Intake(
-            node.ingest, settings.limits, body_seconds=settings.http.body_seconds
-        )
-        try:
-            config = uvicorn.Config(
-                web_application(node, intake),
-                http=BoundedProtocol,
-                limit_concurrency=MAX_CONNECTIONS,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=int(settings.http.idle_seconds),
-                timeout_graceful_shutdown=DRAIN_SECONDS,
-            )
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_Server(config).serve([listener]))
-        finally:
-            intake.close()
-
-
-class _Server(uvicorn.Server):
-    """Stops on SIGTERM by itself; the process goes on to close what it opened."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self.handle_exit, signal.SIGTERM, None)
-        yield
-
-
-def web_application(node: Node, intake: Intake) -> FastAPI:
-    """Return the web face of `node`."""
-    settings = node.settings
-    version = distribution_version("huying")
-    looking = readiness(node, version)
-    services = api.Services(
-        changes=node.feed,
-        settling=node.settling,
-        peers=node.peers,
-        commitments=commitment(node),
-        policy=node.policy,
-        facts={
-            "id": settings.node.id,
-            "role": settings.node.role,
-            "version": version,
-            "aet": settings.dimse.aet,
-            "dimse_port": settings.dimse.port,
-            "open": settings.open,
-            "sync": str(settings.packs.sync),
-        },
-    )
-    directory = pages.StudyDirectory(node.query)
-    counted = ArchiveActivity(
-        activity.ActivityReader(node.database, node.clock),
-        partial(pages.sums, node.database),
-    )
-    card = viewer.app.NodeCard(settings.dimse.aet, settings.dimse.port, version)
-    # An open node lets only requests through whose Host is its own.
-    base = pacs.web.dependencies.BaseUrl(
-        settings.http.external_url.rstrip("/"), from_host=settings.open
-    )
-    clients = Clients(settings.http.trusted_proxies, settings.http.external_url)
-    cookie = identity_routes.CookieForm(base.configured.startswith("https://"))
-
-    def given(value: Any) -> Callable[[], Any]:
-        async def dependency() -> Any:
-            return value
-
-        # Looked at for each request while dependencies are replaced; made once.
-        dependency.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
-        return dependency
-
-    async def current_actor() -> Any:
-        return access.acting()
-
-    current_actor.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
-
-    return application.build(
-        routers=[
-            *((DICOMWEB, router) for router in DICOMWEB_ROUTERS),
-            *(("", router) for router in WADO_URI_ROUTERS),
-            *((api.PREFIX, router) for router in REST_ROUTERS),
-            (api.PREFIX, api.router),
-            (api.PREFIX, audit_routes.router),
-            (identity_routes.PREFIX, identity_routes.router),
-            ("", identity_routes.pages),
-            ("", health.router),
-            ("", viewer.app.router),
-            ("", viewer.endpoints.router),
-        ],
-        dependencies={
-            pacs.web.dependencies.current_actor: current_actor,
-            pacs.web.dependencies.access_policy: given(node.policy),
-            pacs.web.dependencies.base_url: given(base),
-            delete.deletion_service: given(node.deletion),
-            rendered.render_service: given(node.render),
-            rendered.thumbnail_service: given(node.thumbnails),
-            retrieve.retrieve_service: given(node.retrieve),
-            search.query_service: given(node.query),
-            store.intake: given(intake),
-            api.current_actor: current_actor,
-            api.services: given(services),
-            audit_routes.services: given(
-                audit_routes.Services(AuditReader(node.database), node.policy)
-            ),
-            identity_routes.services: given(
-                identity_routes.Services(
-                    logins=node.identity.logins,
-                    accounts=node.identity.accounts,
-                    tokens=node.identity.tokens,
-                    tickets=node.identity.tickets,
-                    clients=clients,
-                    cookie=cookie,
-                    external_url=base.configured,
-                    login_page=login_page(200),
-                )
-            ),
-            health.readiness: given(looking),
-            health.metrics_token: given(settings.http.metrics_token.get_secret_value()),
-            viewer.app.current_actor: current_actor,
-            viewer.app.study_directory: given(directory),
-            viewer.app.activity_source: given(counted),
-            viewer.app.node_card: given(card),
-            **viewing.dependencies(node.views, node.policy, current_actor, given),
-        },
-        version=version,
-        open_access=settings.open,
-        gate={
-            "rules": RuleTable(),
-            "policy": node.policy,
-            "sessions": node.identity.sessions,
-            "logins": node.identity.logins,
-            "trail": node.audit,
-            "clients": clients,
-            "cookie": cookie.name,
-            "open_access": settings.open,
-            "basic": settings.identity.basic,
-            "login_page": login_page(401),
-        },
-    )
-
-
-def readiness(node: Node, version: str) -> health.Readiness:
-    """Return what ``/readyz`` looks at."""
-    required: dict[str, Callable[[], None]] = {
-        "index": node.database.ping,
-        "packs": partial(_can_write, pack_folder(node.settings)),
-        "space": node.packs.check_space,
-        "audit": node.audit.check,
-    }
-    degrading: dict[str, Callable[[], None]] = {"objects": node.objects.health}
-    if node.settings.objects.kind == "files":
-        # Files of this machine: what is wrong with them is wrong with the node.
-        required, degrading = {**required, **degrading}, {}
-    return health.Readiness(
-        required, degrading, {"version": version, "sync": str(node.settings.packs.sync)}
-    )
-
-
-def _can_write(folder: Path) -> None:
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"ok")
-            probe.flush()
-    except OSError as error:
-        raise DependencyDown(f"pack storage: {error.strerror}") from error
-
-
 def run_dimse(
     settings: Settings,
     listener: socket.socket,
@@ -515,7 +310,7 @@ def run_dimse(
 ) -> None:
     """Be one DICOM process until SIGTERM."""
     stop = stop_on_signal()
-    with _opened(settings) as node:
+    with running_node(settings) as node:
         limits = settings.limits
         handlers: dict[int, Handler] = {
             CommandField.C_FIND_RQ: FindHandler(node.query, node.policy, limits),
@@ -564,7 +359,7 @@ def run_worker(settings: Settings, slot: int) -> None:
     """Be the worker until SIGTERM; it gives way to the processes that answer."""
     stop = stop_on_signal()
     os.nice(WORKER_NICE)
-    with _opened(settings) as node:
+    with running_node(settings) as node:
         jobs = JobRunner(settings.jobs_url(), slot=f"{settings.node.id}-{slot + 1}")
         followers, ticks = _background(node, jobs)
         loops = standard_loops(

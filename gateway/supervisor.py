@@ -232,12 +232,12 @@ def default_entry() -> Entry:
     """Load the application."""
     import pypinyin  # noqa: F401  # its tables take half a second and are shared
 
-    from gateway import app, metrics
+    from gateway import app, face, metrics
     from pacs.dimse.counts import AssociationCounts
 
     return Entry(
         prepare=app.prepare,
-        web=app.run_web,
+        web=face.run_web,
         dimse=app.run_dimse,
         worker=app.run_worker,
         counts=AssociationCounts.for_settings,

@@ -16,6 +16,7 @@ from pydicom.dataset import Dataset
 from sqlalchemy import text
 
 from gateway import app as composition
+from gateway import face
 from gateway.app import Node
 from gateway.identity.recording import Origin
 from gateway.identity.services import NewAccount
@@ -188,9 +189,9 @@ def closed_site(
     node = composition.open_node(made)
     intake = Intake(node.ingest, made.limits, body_seconds=5)
     try:
-        face = composition.web_application(node, intake)
-        with serving(face) as address:
-            yield Site(node, address, face)
+        web = face.web_application(node, intake)
+        with serving(web) as address:
+            yield Site(node, address, web)
     finally:
         intake.close()
         node.close()

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from gateway import app
+from gateway import app, face
 from gateway.reference import access_reference, settings_reference
 from pacs.dimse.status import Status, status_of
 from pacs.web.intake import Intake
@@ -29,7 +29,7 @@ def routes_page() -> str:
         node = app.open_node(settings)
         intake = Intake(node.ingest, settings.limits, body_seconds=1)
         try:
-            paths = app.web_application(node, intake).openapi()["paths"]
+            paths = face.web_application(node, intake).openapi()["paths"]
         finally:
             intake.close()
             node.close()

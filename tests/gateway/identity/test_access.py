@@ -11,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from gateway import app as composition
+from gateway import face
 from gateway.http.rules import RULES, Rule, RuleTable
 from gateway.reference import CELLS, access_reference
 from pacs.services.permissions import (
@@ -255,7 +256,7 @@ def web_face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
     migrate.upgrade(settings.database_url())
     node = composition.open_node(settings)
     intake = Intake(node.ingest, settings.limits, body_seconds=1)
-    yield composition.web_application(node, intake)
+    yield face.web_application(node, intake)
     intake.close()
     node.close()
 
