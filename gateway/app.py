@@ -180,7 +180,13 @@ def open_node(settings: Settings) -> Node:
     policy = AccessPolicy(
         our_aes=our_aes(settings), peers=peers, open_access=settings.open
     )
-    audit = AuditTrail(database, clock, settings.data / AUDIT, limits=settings.limits)
+    audit = AuditTrail(
+        database,
+        clock,
+        settings.data / AUDIT,
+        limits=settings.limits,
+        observer=metrics.AuditMetrics(),
+    )
     retrieve = RetrieveService(
         database=database,
         reader=reader,

@@ -78,6 +78,15 @@ DECODE_SECONDS = Histogram(
     ("codec", "outcome"),
     buckets=_SECONDS,
 )
+AUDIT_SECONDS = Histogram(
+    "huying_audit_write_seconds",
+    "Transactions of audit records; while they fail, accesses are refused.",
+    ("outcome",),
+    buckets=_SECONDS,
+)
+AUDIT_ACCESSES = Counter(
+    "huying_audit_accesses", "Accesses that were to be recorded.", ("outcome",)
+)
 HTTP_SECONDS = Histogram(
     "huying_http_seconds",
     "From the first byte of a request to the last of its answer.",
@@ -143,6 +152,15 @@ class DecoderMetrics:
 
     def decoded(self, codec: str, outcome: str, seconds: float) -> None:
         DECODE_SECONDS.labels(codec, outcome).observe(seconds)
+
+
+class AuditMetrics:
+    """Counts what the audit takes (`storage.audit.trail.AuditObserver`)."""
+
+    def written(self, accesses: int, seconds: float, *, failed: bool) -> None:
+        outcome = "failed" if failed else "written"
+        AUDIT_SECONDS.labels(outcome).observe(seconds)
+        AUDIT_ACCESSES.labels(outcome).inc(accesses)
 
 
 class LoopMetrics:

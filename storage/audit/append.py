@@ -169,6 +169,21 @@ def append(
     return head, new
 
 
+def bound_waiting(connection: Connection, seconds: float) -> None:
+    """Give up on a chain that another process keeps, and ours if it stands still.
+
+    SQLite's writers queue on a lock of the data folder, which a process that ends
+    gives back.
+    """
+    if connection.dialect.name == "postgresql":
+        # Whole numbers of ours: nothing of a request is in them.
+        limit = int(seconds * 1000)
+        connection.exec_driver_sql(
+            f"SET LOCAL lock_timeout = {limit};"
+            f" SET LOCAL idle_in_transaction_session_timeout = {3 * limit}"
+        )
+
+
 def _insert(connection: Connection, rows: list[tuple[Any, ...]]) -> None:
     """Add records by the driver itself: at a third less than the toolkit's price."""
     mark = "?" if connection.dialect.name == "sqlite" else "%s"

@@ -16,10 +16,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from sqlalchemy import Connection, select
 
-from storage.audit.append import GIVEN, Entry, append, entry_of
+from storage.audit.append import GIVEN, Entry, append, bound_waiting, entry_of
 from storage.audit.chain import Head
 from storage.audit.event import AuditEvent, Outcome, detail_text
 from storage.audit.keys import Memory, Seen, own_key
@@ -44,6 +45,8 @@ FOLD_SECONDS = 10.0
 BATCH = 2000
 #: Records that wait before they are written without waiting for their time.
 EAGER = 1000
+#: How long another process may keep the chain before a record is given up.
+LOCK_SECONDS = 10.0
 #: Characters of a key that is kept in memory.
 KEY_CHARS = 8192
 
@@ -80,6 +83,14 @@ class _Fold:
             entry.drop("instance_uid")
 
 
+class AuditObserver(Protocol):
+    """Is told how writing goes; for metrics and alarms."""
+
+    def written(self, accesses: int, seconds: float, *, failed: bool) -> None:
+        """Take note of one transaction."""
+        ...
+
+
 class AuditTrail:
     """Record accesses of one process in the chain that all processes share.
 
@@ -106,6 +117,7 @@ class AuditTrail:
         stream: str = STREAM,
         flush_seconds: float = FLUSH_SECONDS,
         fold_seconds: float = FOLD_SECONDS,
+        observer: AuditObserver | None = None,
     ) -> None:
         self._database = database
         self._clock = clock
@@ -113,6 +125,7 @@ class AuditTrail:
         self._stream = stream
         self._flush_seconds = flush_seconds
         self._fold_seconds = fold_seconds
+        self._observer = observer
         self._sealer = own_key(folder)
         self._memory = Memory(folder, stream, self._sealer)
         self._group = GroupCommit(self._commit_group, max_items=BATCH)
@@ -341,11 +354,23 @@ class AuditTrail:
 
     def _commit(self, entries: Sequence[Entry]) -> None:
         """Write in one transaction, synced; then remember how far the chain is."""
-        now_us = self._clock.now_us()
-        with self._database.write() as connection:
-            before, head = append(
-                connection, self._stream, entries, self._sealer, now_us
-            )
+        started = time.perf_counter()
+        before = None
+        try:
+            with self._database.write() as connection:
+                bound_waiting(connection, LOCK_SECONDS)
+                before, head = append(
+                    connection,
+                    self._stream,
+                    entries,
+                    self._sealer,
+                    self._clock.now_us(),
+                )
+        finally:
+            if self._observer is not None:
+                accesses = sum(entry.count for entry in entries)
+                seconds = time.perf_counter() - started
+                self._observer.written(accesses, seconds, failed=before is None)
         self._remember(before, head)
 
     def _remember(self, before: Head, head: Head) -> None:

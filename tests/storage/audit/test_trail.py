@@ -427,3 +427,54 @@ def test_threads_that_record_at_the_same_time_share_the_chain(
     done = verified(database, folder)
     assert done.is_clean, done.findings
     assert done.records == 200
+
+
+class Counting:
+    """An observer that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, bool]] = []
+
+    def written(self, accesses: int, seconds: float, *, failed: bool) -> None:
+        assert 0 < seconds < 60
+        self.told.append((accesses, failed))
+
+
+@on_sqlite
+def test_an_observer_is_told_what_was_written_and_what_failed(
+    database: Database, folder: Path
+) -> None:
+    broken = Broken(database, DependencyDown("gone"))
+    observer = Counting()
+    trail = AuditTrail(
+        broken,  # type: ignore[arg-type]
+        SystemClock(),
+        folder,
+        flush_seconds=60,
+        observer=observer,
+    )
+    trail.record(READ)
+    trail.record(READ)
+    with pytest.raises(DependencyDown):
+        trail.record_now(LOGIN)
+    broken.mend()
+    trail.record_now(LOGIN)
+    trail.close()
+
+    assert observer.told == [(1, True), (1, False), (2, False)]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_chain_that_another_keeps_is_not_waited_for_without_end(
+    database: Database, trail: AuditTrail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.audit.trail.LOCK_SECONDS", 0.2)
+    write(trail, 1)
+    with database.write() as other:
+        trail.record_in(other, LOGIN)
+
+        with pytest.raises(DependencyDown):
+            trail.record_now(LOGIN)
+
+    trail.record_now(LOGIN)
+    assert len(records(database)) == 3
