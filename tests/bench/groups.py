@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.bench import dataset
 from tests.bench.dataset import CLASSES, PLANS, ROOT, retagged
+from tests.bench.encoding import htj2k
 from tests.bench.measure import (
     Comparison,
     MemoryWatch,
@@ -395,6 +396,11 @@ def render(cache: Path, rounds: int, report: Report) -> None:
                 report(interleaved(compared, servers, run, rounds=rounds))
 
 
+def encode(cache: Path, rounds: int, report: Report) -> None:
+    """Frames of a settled series in HTJ2K, beside what was received."""
+    report(htj2k(files_of(cache, "ct"), rounds))
+
+
 def _fill(server: Server, files: Sequence[str]) -> None:
     one = {
         "kind": "store", "port": server.dimse_port, "aet": server.aet,
@@ -486,5 +492,6 @@ GROUPS: dict[str, Callable[[Path, int, Report], None]] = {
     "query": query,
     "retrieve": retrieve,
     "render": render,
+    "encode": encode,
     "memory": memory,
 }
