@@ -1,9 +1,11 @@
-"""SHA-256 of what is received: of large data sets beside the work that goes on.
+"""SHA-256 of what is received, computed while there is something to wait for.
 
-On the way from the socket to the pack the digest costs most. For a slice it is
-computed at once, while the next fragment is on its way: handing fragments to another
-thread would cost more than it saves. Of what is larger, a thread of the association
-computes the rest.
+On the way from the socket to the pack the digest costs most. Fragments are hashed
+while the next one is on its way; those that came faster are hashed when the digest is
+asked for, which is when the disk is at work. Handing them to another thread would
+cost more than it saves, but for what is larger than a few slices: of that, a thread
+of the association computes the rest. With others at work there is nothing to wait
+for: then every fragment is hashed at once.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from queue import SimpleQueue
 
 from storage.kernel.limits import MIB
 
-#: Bytes of each data set that are hashed at once.
-AT_ONCE = 1 * MIB
+#: Bytes of each data set that no thread is started for.
+ALONE = 1 * MIB
 
 
 class RunningDigest:
@@ -25,28 +27,50 @@ class RunningDigest:
         self._hasher = hasher
         self._hash = hashlib.sha256()
         self._size = 0
+        #: What came before there was time to hash it.
+        self._late: list[memoryview] = []
         self._pending = 0
         #: Made for the first fragment that is handed over: most objects are small.
         self._done: threading.Condition | None = None
 
-    def update(self, data: memoryview) -> None:
-        """Hash `data`, which must stay as it is until `settle` or `digest` returns."""
+    def update(self, data: memoryview, *, later: bool = False) -> None:
+        """Hash `data`, which must stay as it is until `settle` or `digest` returns.
+
+        Parameters
+        ----------
+        later : bool
+            The next fragment has come already, or there will be none.
+        """
         self._size += len(data)
-        if self._hasher is None or self._size <= AT_ONCE:
+        if self._hasher is not None and self._size > ALONE:
+            for one in (*self._late, data):
+                self._hand_over(self._hasher, one)
+            self._late.clear()
+        elif self._hasher is not None and later:
+            self._late.append(data)
+        else:
+            self._catch_up()
             self._hash.update(data)
-            return
-        if self._done is None:
-            self._done = threading.Condition(threading.Lock())
-        with self._done:
-            self._pending += 1
-        self._hasher.put(self, data, self._done)
 
     def settle(self) -> None:
-        """Wait until everything given has been hashed."""
+        """Hash what was left for later; wait until everything given is hashed."""
+        self._catch_up()
         if self._pending and self._done is not None:
             with self._done:
                 while self._pending:
                     self._done.wait()
+
+    def _catch_up(self) -> None:
+        for one in self._late:
+            self._hash.update(one)
+        self._late.clear()
+
+    def _hand_over(self, hasher: Hasher, data: memoryview) -> None:
+        if self._done is None:
+            self._done = threading.Condition(threading.Lock())
+        with self._done:
+            self._pending += 1
+        hasher.put(self, data, self._done)
 
     def digest(self) -> bytes:
         """Return the digest of everything given."""
@@ -72,7 +96,7 @@ class Hasher:
         self._thread: threading.Thread | None = None
 
     def begin(self, *, beside: bool) -> RunningDigest:
-        """Return a digest of nothing yet; `beside`: the thread computes it."""
+        """Return a digest of nothing yet; `beside`: it need not be done at once."""
         return RunningDigest(self if beside else None)
 
     def put(

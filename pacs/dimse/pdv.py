@@ -176,7 +176,8 @@ class MessageReader:
                 least = size if last else size + (extra if extra == 6 else _SHORT_PDU)
                 got = wire.read_into(buffer[kept : stop + extra], least)
             if digest is not None:
-                digest.update(buffer[kept:stop])
+                later = bool(last) or wire.has_input
+                digest.update(buffer[kept:stop], later=later)
             if total - mark >= PROGRESS:
                 mark = total
                 wire.expect("read", self._read_seconds)

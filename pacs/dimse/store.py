@@ -145,7 +145,6 @@ class StoreSession:
             raise refusal or MalformedObject("no data set")
         spill = _Spill(self, class_uid, instance_uid, syntax, refusal)
         buffer = self._buffers.take()
-        # With others at work there is no core to spare, and a hand-over only costs.
         digest = self._hasher.begin(beside=self._buffers.in_use == 1)
         try:
             total, kept = association.reader.receive_dataset(

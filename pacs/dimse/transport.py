@@ -8,9 +8,11 @@ buffer: a command set and the headers around it cost one system call.
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import ssl
 import struct
+import termios
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -30,6 +32,7 @@ PROGRESS = 4 * KIB
 #: A pause inside a message that smells of a delayed acknowledgement, in seconds.
 STALL = 0.02
 _FIRST_ACKS = 16
+_NO_INPUT = bytes(4)
 _FOR_EVER = 1 << 62
 _AHEAD = 8 * KIB
 _MAX_BUFFERS = 512
@@ -100,6 +103,12 @@ class Wire:
     def stopping(self) -> bool:
         """Whether this process is told to stop."""
         return self._stop.is_set()
+
+    @property
+    def has_input(self) -> bool:
+        """Whether the peer has sent more than was read, without waiting."""
+        raw = fcntl.ioctl(self._socket, termios.FIONREAD, _NO_INPUT)
+        return raw != _NO_INPUT or self._end > self._start
 
     @property
     def buffered(self) -> int:
