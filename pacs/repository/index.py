@@ -465,33 +465,35 @@ class IndexWriter:
         """Return the series with its parents, else its study, else None."""
         # One statement, one snapshot: what another process commits between two of
         # them would look like a contradiction.
-        found = run(
+        rows = run(
             "SELECT series.id, study.id, study.patient_pk, study.patient_id,"
             " study.issuer, study.study_instance_uid"
             " FROM series JOIN study ON study.id=series.study_pk"
-            " WHERE series.tenant=? AND series.series_instance_uid=?",
-            (key.tenant, key.series_instance_uid),
-        ).fetchone()
-        if found is None:
-            study = run(
-                "SELECT id, patient_pk, patient_id, issuer FROM study"
-                " WHERE tenant=? AND study_instance_uid=?",
-                (key.tenant, key.study_instance_uid),
-            ).fetchone()
-            patient = None if study is None else study[2:]
-        elif found[5] != key.study_instance_uid:
+            " WHERE series.tenant=? AND series.series_instance_uid=?"
+            " UNION ALL SELECT NULL, id, patient_pk, patient_id, issuer,"
+            " study_instance_uid FROM study WHERE tenant=? AND study_instance_uid=?",
+            (
+                key.tenant,
+                key.series_instance_uid,
+                key.tenant,
+                key.study_instance_uid,
+            ),
+        ).fetchall()
+        if not rows:
+            return None
+        found = next((row for row in rows if row[0] is not None), rows[0])
+        series_pk, study_pk, patient_pk, patient_id, issuer, study_uid = found
+        if study_uid != key.study_instance_uid:
             raise IdentityMismatch(
                 "the series is stored under another study", SERIES_UID_TAG
             )
-        else:
-            patient = found[3:5]
-        if patient is not None and tuple(patient) != (key.patient_id, key.issuer):
+        if (patient_id, issuer) != (key.patient_id, key.issuer):
             raise IdentityMismatch(
                 "the study is stored under another patient", PATIENT_ID_TAG
             )
-        if found is not None:
-            return _Known(found[2], found[1], found[0])
-        return None if study is None else _KnownStudy(study[1], study[0])
+        if series_pk is None:
+            return _KnownStudy(patient_pk, study_pk)
+        return _Known(patient_pk, study_pk, series_pk)
 
     def _make_parents(
         self,

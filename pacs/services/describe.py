@@ -195,6 +195,9 @@ def _text(values: Mapping[int, Any], tag: int, charset: Charset, vr: str = "LO")
     raw = values.get(tag)
     if not raw:
         return ""
+    if raw.isascii() and b"\x1b" not in raw:
+        # Most are: the same text in every character set.
+        return str(raw, "ascii").rstrip("\0 ").lstrip(" ")
     return charset.decode(bytes(raw), vr).rstrip("\0 ").lstrip(" ")
 
 
