@@ -20,12 +20,14 @@ from tests.bench.measure import (
     clients,
     interleaved,
 )
+from tests.bench.senders import warm_memory
 from tests.bench.servers import (
     Huying,
     OrthancServer,
     Server,
     cpu_seconds,
     pss_mib,
+    pynetdicom_qrscp,
     pynetdicom_scp,
     scratch,
     sink,
@@ -114,8 +116,12 @@ def cstore(cache: Path, rounds: int, report: Report) -> None:
     jobs: list[tuple[str, list[str], int, int, Sequence[Make], list[Target]]] = [
         (
             "C-STORE CT, 1 association, durable", ct, 1, 1,
-            (*durable, pynetdicom_scp),
-            [Target(on, 2, 3.5), Target("pynetdicom", 3, 8, by_cpu=True)],
+            (*durable, pynetdicom_scp, pynetdicom_qrscp),
+            [
+                Target(on, 2, 3.5),
+                Target("pynetdicom qrscp", 3, 8, by_cpu=True),
+                Target("pynetdicom", 1, 3, by_cpu=True),
+            ],
         ),
         ("C-STORE CT, 4 associations, durable", ct, 4, 1, durable, [Target(on, 2, 4)]),
         ("C-STORE CT, 8 associations, durable", ct, 8, 1, durable, []),
@@ -164,6 +170,7 @@ def storescu(cache: Path, rounds: int, report: Report) -> None:
                     (folder / path.name).write_bytes(
                         retagged(path.read_bytes(), 2000 + number)
                     )
+            warm_memory()
             before = cpu_seconds(server.pid)
             started = time.perf_counter()
             dcmtk.run(

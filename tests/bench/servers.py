@@ -149,6 +149,20 @@ def pynetdicom_scp(folder: Path, label: str = "pynetdicom") -> Program:
     )
 
 
+def pynetdicom_qrscp(folder: Path, label: str = "pynetdicom qrscp") -> Program:
+    """Start pynetdicom's own archive: files and an index in SQLite."""
+    return Program(
+        folder,
+        label,
+        [
+            str(Path(sys.executable).with_name("qrscp")), "--quiet",
+            "--port", "{port}", "--bind-address", "127.0.0.1", "--ae-title", "STORE",
+            "--database-location", "{folder}/index.sqlite",
+            "--instance-location", "{folder}",
+        ],
+    )  # fmt: skip
+
+
 @contextmanager
 def scratch(root: Path) -> Iterator[Path]:
     """Yield a folder that is gone afterwards."""
