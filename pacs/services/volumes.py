@@ -38,7 +38,12 @@ from pacs.services.volumes_views import (
     facts_of,
     picture_of,
 )
-from storage.kernel.errors import ImagingError, NotFound, TooLarge
+from storage.kernel.errors import (
+    DependencyDown,
+    ImagingError,
+    NotFound,
+    TooLarge,
+)
 from storage.kernel.limits import Limits
 from storage.kernel.types import Actor
 
@@ -315,6 +320,12 @@ class VolumeService:
         except ImagingError as error:
             if caller is not None and caller.has_left():
                 raise Cancelled("the client has left") from error
+            if isinstance(error, TooLarge) and error.limit == "decode_bytes":
+                # The pool's own name for what these processes may have.
+                limit = self._limits.render_bytes
+                raise TooLarge("render_bytes", limit) from error
+            if isinstance(error, DependencyDown):
+                raise DependencyDown("the picture was not finished") from error
             raise
 
 
