@@ -195,7 +195,11 @@ def open_node(settings: Settings) -> Node:
         on_corrupt=metrics.CORRUPT_READS.inc,
         renditions=RenditionReader(database, objects),
     )
-    render = RenderService(retrieve=retrieve, workers=decoders)
+    render = RenderService(
+        retrieve=retrieve,
+        workers=decoders,
+        cache_bytes=settings.pacs.picture_cache_bytes,
+    )
     query = QueryService(database=database, limits=settings.limits, headers=retrieve)
     return Node(
         settings=settings,

@@ -38,8 +38,17 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A picture that is kept, and of what it is."""
+    """A picture that is kept, and of what it is.
 
+    Attributes
+    ----------
+    series_uid, instance_uid, frame_number
+        The caller looks the instance up for its actor: this says nothing about it.
+    """
+
+    series_uid: str
+    instance_uid: str
+    frame_number: int
     width: int
     height: int
     picture: bytes
@@ -105,21 +114,22 @@ def replace(
 
 
 def representative(
-    connection: Connection, actor: Actor, study_uid: str, series_uid: str | None
-) -> tuple[str, str, int] | None:
-    """Return what stands for a study or series, if a valid picture of it is kept.
-
-    Returns
-    -------
-    series UID, instance UID, frame number; or None
-        The caller looks the instance up for the actor; this says nothing about it.
-    """
+    connection: Connection,
+    actor: Actor,
+    study_uid: str,
+    series_uid: str | None,
+    edition: str,
+) -> Kept | None:
+    """Return the valid picture that stands for a study or series, if one is kept."""
     level = STUDY if series_uid is None else SERIES
     query = (
         select(
             Series.series_instance_uid,
             Instance.sop_instance_uid,
             Thumbnail.frame_number,
+            Thumbnail.width,
+            Thumbnail.height,
+            Thumbnail.picture,
         )
         .join(Instance, Instance.id == Thumbnail.instance_pk)
         .join(Series, Series.id == Thumbnail.series_pk)
@@ -129,6 +139,7 @@ def representative(
             Study.study_instance_uid == study_uid,
             Thumbnail.stands_for.bitwise_and(level) == level,
             Thumbnail.revision == Series.revision,
+            Thumbnail.edition == edition,
         )
         .order_by(Study.tenant != actor.tenant)
         .limit(1)
@@ -136,18 +147,4 @@ def representative(
     if series_uid is not None:
         query = query.where(Series.series_instance_uid == series_uid)
     found = connection.execute(query).first()
-    return None if found is None else (found[0], found[1], found[2])
-
-
-def find(
-    connection: Connection, instance_pk: int, frame_number: int, edition: str
-) -> Kept | None:
-    """Return the kept picture of a frame."""
-    found = connection.execute(
-        select(Thumbnail.width, Thumbnail.height, Thumbnail.picture).where(
-            Thumbnail.instance_pk == instance_pk,
-            Thumbnail.frame_number == frame_number,
-            Thumbnail.edition == edition,
-        )
-    ).first()
     return None if found is None else Kept(*found)

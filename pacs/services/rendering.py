@@ -7,7 +7,9 @@ picture is made in one hop to a worker process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
@@ -80,6 +82,44 @@ class Rendered:
     warnings: tuple[str, ...] = ()
 
 
+class _Pictures:
+    """The pictures that were made last, by what they were made of.
+
+    Their key holds the digest of the object: whoever may not have the object never
+    gets here, and other content is another picture.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._kept: OrderedDict[Hashable, Rendered] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def find(self, key: Hashable) -> Rendered | None:
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+            return found
+
+    def keep(self, key: Hashable, made: Rendered) -> None:
+        # One picture never takes the place of most others.
+        if _PICTURE_BYTES + 8 * len(made.body) > self._most_bytes:
+            return
+        with self._lock:
+            if key in self._kept:
+                return
+            self._kept[key] = made
+            self._bytes += _PICTURE_BYTES + len(made.body)
+            while self._bytes > self._most_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                self._bytes -= _PICTURE_BYTES + len(oldest.body)
+
+
+#: What a picture and its key take besides its body.
+_PICTURE_BYTES: Final = 1024
+
+
 class RenderService:
     """Render what is stored.
 
@@ -88,11 +128,20 @@ class RenderService:
     retrieve : RetrieveService
     workers : WorkerPool
         Where pictures are made.
+    cache_bytes : int
+        Memory for pictures that are asked for again; 0: none.
     """
 
-    def __init__(self, *, retrieve: RetrieveService, workers: WorkerPool) -> None:
+    def __init__(
+        self,
+        *,
+        retrieve: RetrieveService,
+        workers: WorkerPool,
+        cache_bytes: int = 0,
+    ) -> None:
         self._retrieve = retrieve
         self._workers = workers
+        self._pictures = _Pictures(cache_bytes)
 
     def picture(
         self,
@@ -123,8 +172,24 @@ class RenderService:
         """
         if len(numbers) > 1 and wanted.media_type != GIF:
             raise Unsupported("several frames are one picture only as image/gif")
+        wanted = replace(wanted, max_pixels=self._retrieve.limits.rendered_pixels)
+        shown_by = None if state is None else state.digest
+        key = (instance.digest, instance.sop_instance_uid, tuple(numbers), shown_by,
+               wanted)  # fmt: skip
+        found = self._pictures.find(key)
+        if found is None:
+            found = self._made(instance, numbers, wanted, state)
+            self._pictures.keep(key, found)
+        return found
+
+    def _made(
+        self,
+        instance: StoredInstance,
+        numbers: Sequence[int],
+        wanted: Wanted,
+        state: StoredInstance | None,
+    ) -> Rendered:
         limits = self._retrieve.limits
-        wanted = replace(wanted, max_pixels=limits.rendered_pixels)
         pixels = self._retrieve.pixels(instance)
         arguments = {
             "wanted": wanted.arguments(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from pacs.domain.study import StoredInstance
@@ -37,6 +38,21 @@ KINDS: Final = frozenset({SETTLED})
 FOLLOWER: Final = "thumbnails"
 
 
+@dataclass(frozen=True, slots=True)
+class Representative:
+    """The frame that stands for a study or series.
+
+    Attributes
+    ----------
+    kept : Rendered or None
+        Its picture as `ThumbnailService.wanted` has it, when one is kept.
+    """
+
+    instance: StoredInstance
+    frame_number: int
+    kept: Rendered | None = None
+
+
 class ThumbnailService:
     """Make, keep and find thumbnails.
 
@@ -63,8 +79,8 @@ class ThumbnailService:
 
     def representative(
         self, actor: Actor, study_uid: str, series_uid: str | None = None
-    ) -> tuple[StoredInstance, int]:
-        """Return the instance and the frame that stand for a study or series.
+    ) -> Representative:
+        """Return what stands for a study or series.
 
         Raises
         ------
@@ -73,34 +89,22 @@ class ThumbnailService:
             There is no image in it.
         """
         with self._database.read() as connection:
-            known = rows.representative(connection, actor, study_uid, series_uid)
-        if known is not None:
-            series, instance, number = known
+            kept = rows.representative(
+                connection, actor, study_uid, series_uid, EDITION
+            )
+        if kept is not None:
             try:
-                found = self._retrieve.instance(actor, study_uid, series, instance)
+                found = self._retrieve.instance(
+                    actor, study_uid, kept.series_uid, kept.instance_uid
+                )
             except NotFound:
                 # Deleted just now, or beyond the actor's scope.
                 pass
             else:
-                return found, number
+                made = Rendered(JPEG, kept.picture, kept.width, kept.height)
+                return Representative(found, kept.frame_number, made)
         every = self._retrieve.instances(actor, study_uid, series_uid)
-        return self._render.representative(actor, every)
-
-    def picture(
-        self, instance: StoredInstance, number: int, wanted: Wanted
-    ) -> Rendered:
-        """Return a thumbnail of a frame: the kept one, if it is as wanted.
-
-        Raises
-        ------
-        As `RenderService.picture`.
-        """
-        if wanted == self.wanted():
-            with self._database.read() as connection:
-                kept = rows.find(connection, instance.pk, number, EDITION)
-            if kept is not None:
-                return Rendered(JPEG, kept.picture, kept.width, kept.height)
-        return self._render.picture(instance, [number], wanted)
+        return Representative(*self._render.representative(actor, every))
 
     def follow(self, event: Event) -> None:
         """Make the pictures of a settled study; the follower's handler."""

@@ -403,12 +403,12 @@ def _representative(
 ) -> Response:
     """Answer with a small picture that stands for a study or series."""
     asked.asked.policy.require(asked.asked.actor, "get")
-    found, number = asked.thumbnails.representative(
+    one = asked.thumbnails.representative(
         asked.asked.actor,
         path_uid("study", study),
         None if series is None else path_uid("series", series),
     )
-    return _small(asked, found, number, REVALIDATE)
+    return _small(asked, one.instance, one.frame_number, REVALIDATE, kept=one.kept)
 
 
 def _small(
@@ -418,6 +418,7 @@ def _small(
     cache: str,
     *,
     state: StoredInstance | None = None,
+    kept: Rendered | None = None,
 ) -> Response:
     """Answer with a thumbnail of one frame: kept, or made now."""
     offer = candidates(asked.asked.accept(), PICTURES[:2])[0][0]
@@ -430,8 +431,8 @@ def _small(
     validators = validators_of(found, [number], wanted, state=state, cache=cache)
     if validators.unchanged(asked.request):
         return not_modified(validators)
-    if state is None:
-        made = asked.thumbnails.picture(found, number, wanted)
+    if kept is not None and wanted == asked.thumbnails.wanted():
+        made = kept
     else:
         made = asked.render.picture(found, [number], wanted, state=state)
     return send_picture(asked.request, made, validators, asked.agent)

@@ -282,6 +282,9 @@ class Pacs(_Part):
     renderers: int = Field(
         1, ge=1, le=32, description="processes per process that draw volumes"
     )
+    picture_cache_bytes: int = Field(
+        32 * MIB, ge=0, description="pictures that one web process keeps in memory"
+    )
     volume_cache_bytes: int = Field(
         1 * GIB, ge=MIB, description="volumes that one web process keeps in memory"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -344,23 +345,36 @@ def retrieve(cache: Path, rounds: int, report: Report) -> None:
 
 
 def render(cache: Path, rounds: int, report: Report) -> None:
-    """Pictures: frames as JPEG, thumbnails of instances and of a settled series."""
+    """Pictures: frames as JPEG, thumbnails of instances and of a settled series.
+
+    No picture is asked for twice, by a window or a size of its own, but where the row
+    says so: we keep pictures that were made lately, Orthanc does not.
+    """
     ct = files_of(cache, "ct")
     plan = PLANS["ct"]
     study = f"{ROOT}.2000.3000"
     series = f"/dicom-web/studies/{study}/series/{study}.1"
     images = [f"{series}/instances/{study}.1.{n}" for n in range(1, plan.n + 1)]
-    small = "viewport=256,256"
-    #: Name, what we are asked for, and Orthanc (it has no thumbnail resource).
-    jobs = [
-        ("Rendered CT frame to JPEG", "{}/frames/1/rendered", "{}/frames/1/rendered"),
+    #: Whether pictures repeat, and where both find them; Orthanc has no thumbnails.
+    jobs: list[tuple[str, bool, list[str], str, str]] = [
         (
-            "Rendered CT frame, window and size",
-            "{}/rendered?window=40,400,linear&" + small,
-            "{}/rendered?window=40,400,linear&" + small,
+            "Rendered CT frame to JPEG", False, images,
+            "{}/frames/1/rendered?window={},1500,linear",
+            "{}/frames/1/rendered?window={},1500,linear",
         ),
-        ("Thumbnail of an instance", "{}/thumbnail", "{}/rendered?" + small),
-    ]
+        (
+            "Rendered CT frame to JPEG, asked for again", True, images,
+            "{}/frames/1/rendered", "{}/frames/1/rendered",
+        ),
+        (
+            "Thumbnail of an instance", False, images,
+            "{}/thumbnail?viewport=256,{}", "{}/rendered?viewport=256,{}",
+        ),
+        (
+            "Thumbnail of a settled series", True, [series],
+            "{}/thumbnail", "{}/rendered?viewport=256,256",
+        ),
+    ]  # fmt: skip
     with running(
         cache / "run", (huying(pacs__settle_seconds=2), orthanc(sync=False))
     ) as servers:
@@ -369,34 +383,38 @@ def render(cache: Path, rounds: int, report: Report) -> None:
         ours = servers[0]
         if isinstance(ours, Huying):
             _wait_for_sealing(ours)
-        asked = [
-            (name, [our.format(path) for path in images], [
-                their.format(path) for path in images
-            ])
-            for name, our, their in jobs
-        ]  # fmt: skip
-        asked.append(
-            ("Thumbnail of a settled series", [f"{series}/thumbnail"],
-             [f"{series}/rendered?{small}"])
-        )  # fmt: skip
-        for name, our_paths, their_paths in asked:
+        counter = itertools.count(1000)
+        for name, again, places, our, their in jobs:
             for connections in (1, 8):
 
                 def run(
                     server: Server,
                     number: int,
                     connections: int = connections,
-                    our_paths: list[str] = our_paths,
-                    their_paths: list[str] = their_paths,
+                    forms: tuple[str, str] = (our, their),
+                    places: list[str] = places,
+                    *,
+                    again: bool = again,
                 ) -> Sample:
-                    mine = isinstance(server, Huying)
-                    paths = our_paths if mine else their_paths
-                    ask = _asking(paths, "image/jpeg", connections, 1.0, 2)
-                    return ask(server, number)
+                    form = forms[0] if isinstance(server, Huying) else forms[1]
+                    wanted = []
+                    for _ in range(connections):
+                        # Each connection asks for its own, so that none repeats.
+                        values = [0] if again else list(itertools.islice(counter, 8))
+                        wanted.append({
+                            "kind": "http", "port": server.http_port,
+                            "paths": [
+                                form.format(place, value)
+                                for value in values for place in places
+                            ],
+                            "accept": "image/jpeg", "seconds": 1.0, "at_least": 2,
+                        })  # fmt: skip
+                    return clients(server, wanted)
 
-                targets = [Target(ORTHANC_NOSYNC, 2, 3)]
                 unit = "connection" if connections == 1 else "connections"
                 title = f"{name}, {connections} {unit}"
+                must = connections > 1 and name != "Thumbnail of an instance"
+                targets = [Target(ORTHANC_NOSYNC, 2, 3)] if must else []
                 compared = Comparison(title, "pictures", targets)
                 for server in servers:
                     run(server, -1)

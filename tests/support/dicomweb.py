@@ -59,6 +59,8 @@ class Archive:
     limits: Limits = field(default_factory=Limits)
     rules: Rules | None = None
     url: str = ""
+    #: Of pictures: none, so that each request of a test is worked for.
+    cache_bytes: int = 0
     database: Database = field(init=False)
     packs: PackWriter = field(init=False)
     reader: PackReader = field(init=False)
@@ -91,7 +93,9 @@ class Archive:
             decoders=self.decoders,
             limits=self.limits,
         )
-        self.render = RenderService(retrieve=self.retrieve, workers=self.decoders)
+        self.render = RenderService(
+            retrieve=self.retrieve, workers=self.decoders, cache_bytes=self.cache_bytes
+        )
         self.thumbnails = ThumbnailService(
             database=self.database, retrieve=self.retrieve, render=self.render
         )
