@@ -22,7 +22,8 @@ def declared(*, development: bool) -> set[str]:
     lines = list(table["dependencies"])
     if development:
         lines += table["optional-dependencies"]["dev"]
-    return {re.split(r"[^A-Za-z0-9-]", line)[0].lower() for line in lines}
+    names = (re.split(r"[^A-Za-z0-9.-]", line)[0] for line in lines)
+    return {name.lower().replace(".", "-") for name in names}
 
 
 @pytest.mark.parametrize("lock", LOCKS)
