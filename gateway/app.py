@@ -307,6 +307,11 @@ def prepare(settings: Settings) -> None:
     node = open_node(settings)
     try:
         recovery(node).run()
+        if not settings.open and node.identity.accounts.is_empty():
+            log.warning(
+                "nobody can log in yet: run `huying init`",
+                extra={"event": "identity.empty"},
+            )
     finally:
         node.close()
 

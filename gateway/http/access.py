@@ -20,7 +20,6 @@ from urllib.parse import parse_qsl
 
 from anyio import to_thread
 from fastapi import Response
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.http.client import Clients
@@ -368,7 +367,8 @@ class _Recording:
                 self._is_refused = True
                 await problem_response(error)(scope, _nothing, self._send)
                 return
-            MutableHeaders(scope=message)["X-Request-Id"] = origin.request_id
+            request_id = (b"x-request-id", origin.request_id.encode())
+            message["headers"] = [*message.get("headers", ()), request_id]
         await self._send(message)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.types import Scope
@@ -83,6 +84,7 @@ def _origin(url: str) -> tuple[str, str]:
     return parts.scheme, host if port in {None, usual} else f"{host}:{port}"
 
 
+@lru_cache(maxsize=4096)
 def _normal(text: str) -> str:
     """Return an address in its one form; IPv4 in IPv6 as IPv4; else nothing."""
     try:

@@ -44,6 +44,7 @@ from storage.kernel.types import Actor
 WRONG = "the name, the password or the code is wrong"
 ISSUER = "Huying"
 MAX_VERIFIED = 1000
+SWEEP_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ class LoginService:
         self._key = secrets.token_bytes(32)
         self._verified: OrderedDict[bytes, tuple[float, Login, str]] = OrderedDict()
         self._lock = threading.Lock()
+        self._next_sweep = 0.0
 
     def log_in(
         self, name: str, password: str, code: str, origin: Origin
@@ -156,9 +158,6 @@ class LoginService:
         """Count an attempt before it is looked at: guesses side by side count too."""
         now_us = self._clock.now_us()
         with self._database.write() as connection:
-            rows.forget_old_failures(
-                connection, now_us - int(self._locks.seconds * 1e6)
-            )
             until = rows.locked_until(connection, subjects)
             if until <= now_us:
                 for subject in subjects:
@@ -170,12 +169,24 @@ class LoginService:
                         seconds=self._locks.seconds,
                     )
             account = rows.find_account(connection, claimed_name(name))
+        self._sweep(now_us)
         if until > now_us:
             self._recorder.refuse(
                 claimed_name(name), action, origin, "locked after failures"
             )
             raise TooManyAttempts(-(-(until - now_us) // 1_000_000))
         return account
+
+    def _sweep(self, now_us: int) -> None:
+        """Forget failures whose time is over, now and then."""
+        with self._lock:
+            if time.monotonic() < self._next_sweep:
+                return
+            self._next_sweep = time.monotonic() + SWEEP_SECONDS
+        with self._database.write() as connection:
+            rows.forget_old_failures(
+                connection, now_us - int(self._locks.seconds * 1e6)
+            )
 
     def _refuse(self, name: str, origin: Origin, action: str, reason: str) -> NoReturn:
         self._recorder.refuse(claimed_name(name), action, origin, reason)

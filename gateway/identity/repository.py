@@ -221,8 +221,11 @@ def count_failure(
     statement = module.insert(LoginFailure).values(
         subject=subject, failures=1, last_us=now_us, locked_until_us=0
     )
-    # A lock that is there is over: counting begins anew.
-    anew = LoginFailure.locked_until_us > 0
+    # A lock that is there is over, and failures of long ago do not count.
+    anew = or_(
+        LoginFailure.locked_until_us > 0,
+        LoginFailure.last_us < now_us - int(seconds * 1e6),
+    )
     failures = connection.scalar(
         statement.on_conflict_do_update(
             index_elements=["subject"],

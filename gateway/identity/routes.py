@@ -53,7 +53,7 @@ class CookieForm:
         return "__Host-huying" if self.is_secure else "huying"
 
     def set_on(self, response: Response, secret: str, login: Login) -> None:
-        """Give a browser its session; it ends with the browser, or before."""
+        """Give a browser its session, until that ends at the latest."""
         session = login.session
         if session is None:
             raise NotAllowed("no session")

@@ -7,8 +7,11 @@ actions.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from sqlalchemy.exc import IntegrityError
 
 from gateway.identity import repository as rows
 from gateway.identity.logins import set_password
@@ -125,7 +128,7 @@ class AccountService:
         password = one_time_password()
         password_hash = self._passwords.hash(password)
         now_us = self._clock.now_us()
-        with self._database.write() as connection:
+        with self._database.write() as connection, _taken(f"account called {name}"):
             held = rows.count_accounts(connection)
             if first and held:
                 raise Conflict("there are accounts already")
@@ -302,6 +305,15 @@ class AccountService:
         )
 
 
+@contextmanager
+def _taken(what: str) -> Iterator[None]:
+    """Tell of a name that somebody else has taken at the same moment."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise Conflict(f"there is, or was, a {what}") from error
+
+
 def _display_name(text: str) -> str:
     shown = " ".join(text.split())
     if len(shown) > MAX_DISPLAY_NAME or not shown.isprintable():
@@ -375,7 +387,7 @@ class TokenService:
             raise InvalidParameter("days", f"more than 0, at most {most:g}")
         secret, now_us = TOKEN_PREFIX + new_secret(), self._clock.now_us()
         values = rows.account_values(readable=readable, roles=roles)
-        with self._database.write() as connection:
+        with self._database.write() as connection, _taken(f"token called {name}"):
             if rows.find_token(connection, name=name) is not None:
                 raise Conflict(f"there is, or was, a token called {name}")
             if rows.count_tokens(connection) >= MAX_TOKENS:
