@@ -30,6 +30,8 @@ MAX_POINTS: Final = 200_000
 MAX_OBJECTS: Final = 10_000
 #: Steps between two points of an interpolated curve.
 CURVE_STEPS: Final = 8
+#: Distance of lines, in sizes of their letters.
+LINE: Final = 1.3
 PINYIN: Final = "no font with hanzi here: Chinese is written in pinyin"
 
 
@@ -92,7 +94,7 @@ def burn_text(picture: Image.Image, top: list[str], bottom: list[str]) -> set[st
     if min(picture.size) < MIN_SIDE:
         return {"the picture is too small for annotations"} if top or bottom else set()
     size = max(10, min(picture.size) // 34)
-    height = round(size * 1.3)
+    height = round(size * LINE)
     margin = size // 2
     draw = ImageDraw.Draw(picture)
     start = picture.height - margin - height * len(bottom)
@@ -109,12 +111,15 @@ def burn_text(picture: Image.Image, top: list[str], bottom: list[str]) -> set[st
 def _write(
     draw: ImageDraw.ImageDraw, place: Point, line: str, size: int, grey: int
 ) -> None:
+    """Write a line whose upper left corner is at `place`."""
     font = fonts.font_for(size, chinese=fonts.is_chinese(line))
     rim = 0 if grey > 127 else 255
     colour = draw.mode == "RGB"
+    # By the middle: fonts differ in what they leave free above and below.
     draw.text(
-        place,
+        (place[0], place[1] + size * LINE / 2),
         line,
+        anchor="lm",
         fill=(grey,) * 3 if colour else grey,
         font=font,
         stroke_width=max(1, size // 14),
@@ -224,7 +229,7 @@ class _Sketch:
             line, changed = fonts.drawable(text)
             if changed:
                 self.warnings.add(PINYIN)
-            spot = (place[0], place[1] + i * size * 1.3)
+            spot = (place[0], place[1] + i * size * LINE)
             _write(self._draw, spot, line, size, self.grey)
 
 
