@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -309,12 +308,11 @@ def test_b22_a_list_of_ten_thousand_uids_is_answered(ask: Asked) -> None:
 
 
 def test_b20_wildcards_cannot_pin_the_database(ask: Asked) -> None:
-    started = time.perf_counter()
+    """A pattern tried in every way would take longer than any test may."""
+    every = ask.uids()
 
-    ask.uids(StudyDescription="*" + "?*%*_*" * 5)
-    ask.uids(PatientName="*" + "a*" * 15)
-
-    assert time.perf_counter() - started < 2
+    assert ask.uids(StudyDescription="*" + "?*%*_*" * 5) == set()
+    assert ask.uids(PatientName="*" + "a*" * 15) <= every
 
 
 def test_b21_a_broad_find_stops_at_the_limit(database: Database) -> None:
