@@ -26,7 +26,7 @@ from gateway.unpack import (
     is_zip,
     referenced_files,
 )
-from pacs.domain.study import Accepted, Arrival, Outcome, Spool
+from pacs.domain.study import Arrival, Ingest, Outcome, Spool
 from pacs.imaging.part10 import MAX_FILE_META, PREAMBLE, FileMeta, read_file_meta
 from storage.kernel.errors import ImagingError, MalformedObject, TooLarge, Unavailable
 from storage.kernel.limits import MIB, Limits
@@ -46,42 +46,6 @@ PARALLEL = 8
 MAX_LISTED = 1000
 #: Enough of a file to hold its File Meta Information.
 HEAD = PREAMBLE + 4 + MAX_FILE_META + 16
-
-
-class Ingest(Protocol):
-    """The part of the ingest service that an import uses."""
-
-    def check(
-        self,
-        actor: Actor,
-        source: Source,
-        *,
-        sop_class_uid: str,
-        sop_instance_uid: str,
-        transfer_syntax_uid: str,
-    ) -> None:
-        """Refuse early what could never be accepted."""
-        ...
-
-    def open_spool(
-        self,
-        actor: Actor,
-        source: Source,
-        *,
-        sop_class_uid: str,
-        sop_instance_uid: str,
-        transfer_syntax_uid: str,
-    ) -> Spool:
-        """Start a pack for a data set too large for memory."""
-        ...
-
-    def accept(self, arrival: Arrival) -> Accepted:
-        """Store one data set durably."""
-        ...
-
-    def flush(self) -> None:
-        """Make durable what weaker policies left in memory."""
-        ...
 
 
 class ImportProgress(Protocol):

@@ -150,3 +150,39 @@ class ByteStream:
     chunks: Iterator[bytes]
     transfer_syntax_uid: str
     transcoded: bool = False
+
+
+class Ingest(Protocol):
+    """The one door for objects that arrive, as its callers see it (core: siblings)."""
+
+    def check(
+        self,
+        actor: Actor,
+        source: Source,
+        *,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        transfer_syntax_uid: str,
+    ) -> None:
+        """Refuse early what could never be accepted."""
+        ...
+
+    def open_spool(
+        self,
+        actor: Actor,
+        source: Source,
+        *,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        transfer_syntax_uid: str,
+    ) -> Spool:
+        """Start a pack for a data set too large for memory."""
+        ...
+
+    def accept(self, arrival: Arrival) -> Accepted:
+        """Store one data set durably."""
+        ...
+
+    def flush(self) -> None:
+        """Make durable what weaker policies left in memory."""
+        ...

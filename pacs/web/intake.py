@@ -17,9 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
-from pacs.domain.study import Accepted, Arrival, Spool
+from pacs.domain.study import Accepted, Arrival, Ingest, Spool
 from pacs.imaging.part10 import FileMeta, read_file_meta
 from storage.kernel.errors import ImagingError, MalformedObject, TooLarge
 from storage.kernel.limits import MIB, Limits
@@ -33,42 +32,6 @@ THREADS = 8
 IN_FLIGHT_BYTES = 32 * MIB
 #: Large data sets are hashed and written in pieces of this size.
 BLOCK = 1 * MIB
-
-
-class Ingest(Protocol):
-    """The ingest service, as far as STOW-RS needs it."""
-
-    def check(
-        self,
-        actor: Actor,
-        source: Source,
-        *,
-        sop_class_uid: str,
-        sop_instance_uid: str,
-        transfer_syntax_uid: str,
-    ) -> None:
-        """Refuse early what could never be accepted."""
-        ...
-
-    def open_spool(
-        self,
-        actor: Actor,
-        source: Source,
-        *,
-        sop_class_uid: str,
-        sop_instance_uid: str,
-        transfer_syntax_uid: str,
-    ) -> Spool:
-        """Start a pack for a data set too large for memory."""
-        ...
-
-    def accept(self, arrival: Arrival) -> Accepted:
-        """Store one data set durably."""
-        ...
-
-    def flush(self) -> None:
-        """Make durable what weaker policies left in memory."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
