@@ -29,6 +29,9 @@ LAYERS = {
     "pacs/imaging": {
         "pacs.services", "pacs.repository", "pacs.dimse", "pacs.web",
     },
+    "pacs/rendering": {
+        "pacs.services", "pacs.repository", "pacs.dimse", "pacs.web",
+    },
     "pacs/repository": {"pacs.services", "pacs.dimse", "pacs.web"},
     "pacs/services": {"pacs.dimse.server", "pacs.dimse.association", "pacs.web"},
     "pacs/dimse": {"pacs.web", "pacs.repository"},
@@ -58,6 +61,7 @@ CONFINED = {
     "dbos": ("storage/jobs/runner.py",),
     "minio": ("storage/objects/",),
     "alembic": ("storage/db/",),
+    "PIL": ("pacs/rendering/",),
     "imagecodecs": ("pacs/imaging/", "pacs/rendering/", "gateway/doctor.py"),
     "pynetdicom": (),
     "pytest": (),
