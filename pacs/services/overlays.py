@@ -142,8 +142,9 @@ class OverlayService:
 
     def _made(self, found: _Study) -> dict[str, Any]:
         budget = Budget.of(self._limits)
-        # Only for what there is to place.
-        planes = ImagePlanes(self._images(found) if found.chosen else ())
+        # Presentation states place nothing; without others no image is looked at.
+        placed = any(one.sop_class_uid not in PRESENTATIONS for one in found.chosen)
+        planes = ImagePlanes(self._images(found) if placed else ())
         layers = []
         for number, stored in enumerate(found.chosen):
             if number >= self._limits.overlay_objects:

@@ -335,7 +335,10 @@ def one_tenant(retrieve: RetrieveService, actor: Actor, study_uid: str) -> Actor
     Raises
     ------
     NotFound
+        None of several tenants has it.
     """
+    if len(actor.tenants) == 1:
+        return actor
     tenants = {one.tenant for one in retrieve.instances(actor, study_uid)}
     tenant = next(
         (one for one in (actor.tenant, *actor.tenants) if one in tenants), actor.tenant

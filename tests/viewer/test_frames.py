@@ -10,6 +10,7 @@ import imagecodecs
 import numpy as np
 import pytest
 
+from tests.support import corpus
 from tests.support.archive import ADMIN
 from tests.support.datasets import a_study, ct_slice, uid
 from tests.support.viewing import Viewing
@@ -212,6 +213,40 @@ def test_frames_of_the_chest_ct_come_as_stored_or_decoded(chest: Viewing) -> Non
     for packed, plain in zip(stored.records[:3], raw.records[:3], strict=True):
         decoded = imagecodecs.jpegls_decode(packed.body)
         assert decoded.tobytes() == plain.body
+
+
+@corpus.needs_corpus
+def test_frames_of_multi_frame_objects_in_colour_and_palette(viewing: Viewing) -> None:
+    """Two ultrasound loops: palette in RLE, YBR in JPEG; decoded and at half size."""
+    for name, frames, samples in (
+        ("OBXXXX1A_rle_2frame", 2, 1),
+        ("1.2.840.113543.6.6.1.1.2.2415947926921624359.201235357587280", 10, 3),
+    ):
+        file = (corpus.CORPUS / "objects" / f"{name}.dcm").read_bytes()
+        found = viewing.archive.node.retrieve.find_instance(
+            ADMIN, viewing.archive.store(file)
+        )
+        path = f"/series/{found.series_instance_uid}/frames.bin?order=ascending"
+
+        stored = parse(viewing.get(path).body)
+        raw = parse(viewing.get(f"{path}&form=raw").body)
+        half = parse(viewing.get(f"{path}&form=raw&level=1").body)
+
+        rows, columns = found.rows or 0, found.columns or 0
+        assert [one.frame for one in stored.records] == list(range(1, frames + 1))
+        assert stored.head["syntaxes"] == [found.transfer_syntax_uid]
+        assert {len(one.body) for one in raw.records} == {rows * columns * samples}
+        for whole, small in zip(raw.records, half.records, strict=True):
+            assert (small.rows, small.columns) == (-(-rows // 2), -(-columns // 2))
+            pixels = np.frombuffer(whole.body, np.uint8).reshape(rows, columns, -1)
+            shown = np.frombuffer(small.body, np.uint8)
+            shown = shown.reshape(small.rows, small.columns, samples)
+            if samples == 1:
+                # The mean of two entries of a palette is a colour of neither.
+                assert (shown == pixels[::2, ::2]).all()
+            else:
+                block = pixels[:2, :2].astype(float).mean(axis=(0, 1))
+                assert np.abs(shown[0, 0] - block).max() <= 0.51
 
 
 def test_a_client_that_leaves_costs_nothing_more(phantom: Viewing) -> None:

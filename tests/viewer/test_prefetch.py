@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
 
+from gateway.viewing import MAX_WAITING
+from tests.support.archive import ADMIN
 from tests.support.datasets import uid
 from tests.support.viewing import Viewing
 from tests.support.volumes import Phantom
@@ -118,6 +121,30 @@ def test_the_next_series_and_the_prior_s_are_read(viewing: Viewing) -> None:
     assert [one["series"] for one in found] == [uid(1, 2), uid(2, 1), uid(2, 2)]
     assert all(one["started"] for one in found)
     assert viewing.views.volumes.kept() == 3 * 20 * 32 * 40 * 2
+
+
+def test_what_waits_is_bounded_and_told(
+    viewing: Viewing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one series is being read, so many wait, and the next is not begun."""
+    going = threading.Event()
+    retrieve = viewing.archive.node.retrieve
+
+    def hanging(*_: object, **__: object) -> list[object]:
+        going.wait(10)
+        return []
+
+    monkeypatch.setattr(retrieve, "instances", hanging)
+    ahead = viewing.views.ahead
+    begun = [ahead.warm(ADMIN, "1.2", str(n)) for n in range(MAX_WAITING + 5)]
+    again = ahead.warm(ADMIN, "1.2", "3")
+    going.set()
+    ahead.wait()
+
+    # One may be out of the queue already, being read.
+    assert begun.count(True) in {MAX_WAITING, MAX_WAITING + 1}
+    assert not begun[-1]
+    assert again
 
 
 def test_priors_can_be_left_out(phantom: Viewing) -> None:
