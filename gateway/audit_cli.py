@@ -100,21 +100,20 @@ def verify(
     config: Config = None,
 ) -> None:
     """Check the chain of the audit, and name the first record that is not right."""
-    from storage.audit.keys import Memory, load_key, own_key
+    from storage.audit.keys import Memory, keyring, load_key
     from storage.audit.trail import STREAM
     from storage.audit.verify import ChainVerifier
 
     known = dict(_noted(one) for one in noted or ())
     with _opened(data, config) as audit:
-        own = own_key(audit.folder)
-        keys = [own, *(load_key(path) for path in key or ())]
+        keys = [*keyring(audit.folder), *(load_key(path) for path in key or ())]
         verifier = ChainVerifier(audit.database, keys)
         damaged = 0
         for stream in sorted({STREAM, *verifier.streams()}):
             with _progress() as progress:
                 done = verifier.verify(
                     stream,
-                    memory=Memory(audit.folder, stream, own),
+                    memory=Memory(audit.folder, stream, keys[0]),
                     noted=known if stream == STREAM else None,
                     progress=progress,
                 )
@@ -188,7 +187,7 @@ def accept(
     The damages stay, and `verify` lists them as accepted; new ones are told again.
     """
     from storage.audit.accept import accept as accept_findings
-    from storage.audit.keys import Memory, own_key
+    from storage.audit.keys import Memory, keyring
     from storage.audit.trail import STREAM
     from storage.audit.verify import ChainVerifier
     from storage.kernel.clock import SystemClock
@@ -196,10 +195,10 @@ def accept(
     if not reason.strip():
         raise InvalidParameter("reason", "is empty")
     with _opened(data, config) as audit:
-        own = own_key(audit.folder)
-        memory = Memory(audit.folder, STREAM, own)
+        keys = keyring(audit.folder)
+        memory = Memory(audit.folder, STREAM, keys.own)
         with _progress() as progress:
-            found = ChainVerifier(audit.database, [own]).verify(
+            found = ChainVerifier(audit.database, [*keys]).verify(
                 STREAM, memory=memory, progress=progress
             )
         _tell(found)
@@ -208,7 +207,7 @@ def accept(
         head = accept_findings(
             audit.database,
             memory,
-            own,
+            keys,
             found,
             _event("audit.accept", reason=reason),
             SystemClock().now_us(),

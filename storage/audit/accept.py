@@ -21,7 +21,7 @@ from storage.audit.append import (
     entry_of,
     head_of,
 )
-from storage.audit.chain import GENESIS, Head, Sealer
+from storage.audit.chain import GENESIS, Head, Keyring
 from storage.audit.event import AuditEvent, detail_text
 from storage.audit.keys import Memory, Seen
 from storage.audit.verify import ACCEPT, ACCEPTED, Damage, Verification
@@ -38,7 +38,7 @@ DETAIL_BYTES = 16 * 1024
 def accept(
     database: Database,
     memory: Memory,
-    sealer: Sealer,
+    keys: Keyring,
     found: Verification,
     event: AuditEvent,
     now_us: int,
@@ -62,32 +62,35 @@ def accept(
             f"audit: {found.n_findings} damages are too many to accept one by one"
         )
     with database.write() as connection:
-        head, last = _known_end(connection, memory, sealer, found.stream, now_us)
+        head, last = _known_end(connection, memory, keys, found.stream, now_us)
         accepted = [one.key for one in found.findings]
         if head.sequence > last:
             accepted.append(f"{last + 1}:{Damage.MISSING}")
-        begin_anew(connection, head, sealer)
+        begin_anew(connection, head, keys.own)
         resume = replace(event, action=RESUME)
         named = replace(event, action=ACCEPT, detail={ACCEPTED: accepted})
         entries = [
             entry_of(one, now_us, detail_text(one.detail, DETAIL_BYTES))
             for one in (resume, named)
         ]
-        _, new = append(connection, found.stream, entries, sealer, now_us)
+        _, new = append(connection, found.stream, entries, keys, now_us)
     memory.begin_anew(Seen(new.sequence, new.hash, new.time_us))
     return new
 
 
 def _known_end(
-    connection: Connection, memory: Memory, sealer: Sealer, stream: str, now_us: int
+    connection: Connection, memory: Memory, keys: Keyring, stream: str, now_us: int
 ) -> tuple[Head, int]:
     """Return the head to go on after, and the last record that is there."""
     row = connection.execute(
         select(AuditStream).where(AuditStream.stream == stream).with_for_update()
     ).first()
     head = Head(stream, 0, GENESIS, 0, GENESIS, now_us)
-    if row is not None and chain.same(sealer.head(head_of(row)), as_bytes(row.mac)):
-        head = head_of(row)
+    if row is not None:
+        signer = keys.find(row.key_id)
+        found = head_of(row)
+        if signer is not None and chain.same(signer.head(found), as_bytes(row.mac)):
+            head = found
     last = connection.execute(
         select(AuditRecord.sequence, AuditRecord.hash)
         .where(AuditRecord.stream == stream, AuditRecord.sequence < 1 << 62)
@@ -97,7 +100,7 @@ def _known_end(
     ends = [(head.sequence, head.hash)]
     if last is not None:
         ends.append((last.sequence, as_bytes(last.hash)))
-    ends += _anchored(connection, sealer, stream)
+    ends += _anchored(connection, keys, stream)
     ends += [(seen.sequence, seen.hash) for seen in _remembered(memory)]
     sequence, record_hash = max(ends, key=lambda end: end[0])
     end = replace(head, sequence=sequence, hash=record_hash, time_us=now_us)
@@ -105,12 +108,15 @@ def _known_end(
 
 
 def _anchored(
-    connection: Connection, sealer: Sealer, stream: str
+    connection: Connection, keys: Keyring, stream: str
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the last point that an anchor signs."""
     anchors = select(AuditAnchor).where(AuditAnchor.stream == stream)
     for anchor in connection.execute(anchors.order_by(AuditAnchor.sequence.desc())):
         record_hash = as_bytes(anchor.hash)
+        sealer = keys.find(anchor.key_id)
+        if sealer is None:
+            continue
         wanted = sealer.anchor(stream, anchor.sequence, record_hash, anchor.time_us)
         if chain.same(wanted, as_bytes(anchor.mac)):
             yield anchor.sequence, record_hash

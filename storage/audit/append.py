@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from storage.audit import chain
-from storage.audit.chain import CONTENT, GENESIS, Head, Sealer
+from storage.audit.chain import CONTENT, GENESIS, Head, Keyring, Sealer
 from storage.audit.event import LENGTHS as _LIMITS
 from storage.audit.event import MAX_DIGEST_BYTES, AuditEvent, clean, plain
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
@@ -110,7 +110,7 @@ def append(
     connection: Connection,
     stream: str,
     entries: Sequence[Entry],
-    sealer: Sealer,
+    keys: Keyring,
     now_us: int,
 ) -> tuple[Head, Head]:
     """Write `entries` in this order; return the head before and the new one.
@@ -118,14 +118,19 @@ def append(
     Raises
     ------
     CorruptData
-        The head is missing, was changed by somebody without the key, or is not that
+        The head is missing, was not signed with a key that is known, or is not that
         of the last record. Nothing is written: going on would hide it.
     """
+    sealer = keys.own
     row = _locked(connection, stream, sealer, now_us)
     head = head_of(row)
-    if row.key_id == sealer.key_id and not chain.same(
-        sealer.head(head), as_bytes(row.mac)
-    ):
+    signer = keys.find(row.key_id)
+    if signer is None:
+        raise CorruptData(
+            f"audit: the chain was last signed with key {row.key_id}, which is not in"
+            " the folder audit: run `huying audit verify`"
+        )
+    if not chain.same(signer.head(head), as_bytes(row.mac)):
         raise CorruptData(
             "audit: the head of the chain was changed: run `huying audit verify`"
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -108,6 +108,25 @@ class Sealer:
         """Sign that the record `sequence` had this hash at the time `at`."""
         statement = orjson.dumps([stream, sequence, record_hash.hex(), at])
         return self._mac(b"huying audit anchor\0" + statement)
+
+
+@dataclass(frozen=True, slots=True)
+class Keyring:
+    """The key that signs, and those of others who write into the same database."""
+
+    own: Sealer
+    others: tuple[Sealer, ...] = ()
+
+    def find(self, key_id: str) -> Sealer | None:
+        """Return the key with this id, or None."""
+        for sealer in self:
+            if sealer.key_id == key_id:
+                return sealer
+        return None
+
+    def __iter__(self) -> Iterator[Sealer]:
+        yield self.own
+        yield from self.others
 
 
 def same(one: bytes, other: bytes) -> bool:

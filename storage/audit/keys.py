@@ -18,7 +18,7 @@ from pathlib import Path
 
 import orjson
 
-from storage.audit.chain import Sealer
+from storage.audit.chain import Keyring, Sealer
 from storage.kernel.errors import DependencyDown, InvalidParameter
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,22 @@ def own_key(folder: Path) -> Sealer:
         except OSError as error:
             raise DependencyDown(f"audit key: {error.strerror}") from error
     return load_key(path)
+
+
+def keyring(folder: Path) -> Keyring:
+    """Return the own key, and all others that end in ``.key`` in the folder.
+
+    Raises
+    ------
+    InvalidParameter
+        One of the files holds no key.
+    DependencyDown
+        As `own_key`.
+    """
+    own = own_key(folder)
+    paths = sorted(folder.glob("*.key"))
+    others = (load_key(path) for path in paths if path.name != KEY_FILE)
+    return Keyring(own, tuple(others))
 
 
 def _publish(path: Path, content: bytes) -> None:

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, select
 from storage.audit.append import GIVEN, Entry, append, bound_waiting, entry_of
 from storage.audit.chain import Head
 from storage.audit.event import AuditEvent, Outcome, detail_text
-from storage.audit.keys import Memory, Seen, own_key
+from storage.audit.keys import Memory, Seen, keyring
 from storage.db.engine import Database
 from storage.db.tables import AuditRecord
 from storage.group import GroupCommit, Ticket
@@ -126,8 +126,8 @@ class AuditTrail:
         self._flush_seconds = flush_seconds
         self._fold_seconds = fold_seconds
         self._observer = observer
-        self._sealer = own_key(folder)
-        self._memory = Memory(folder, stream, self._sealer)
+        self._keys = keyring(folder)
+        self._memory = Memory(folder, stream, self._keys.own)
         self._group = GroupCommit(self._commit_group, max_items=BATCH)
         self._lock = threading.Lock()
         self._folds: dict[tuple[str, ...], _Fold] = {}
@@ -211,7 +211,7 @@ class AuditTrail:
         SQLite the connection must come from `Database.write`.
         """
         now_us = self._clock.now_us()
-        append(connection, self._stream, [self._entry(event)], self._sealer, now_us)
+        append(connection, self._stream, [self._entry(event)], self._keys, now_us)
 
     def check(self) -> None:
         """Raise DependencyDown while reads are refused."""
@@ -363,7 +363,7 @@ class AuditTrail:
                     connection,
                     self._stream,
                     entries,
-                    self._sealer,
+                    self._keys,
                     self._clock.now_us(),
                 )
         finally:

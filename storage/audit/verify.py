@@ -293,6 +293,7 @@ class _Run:
         self._is_certain = True
         self._points: dict[int, list[Point]] = {}
         self._accepted: set[str] = set()
+        self._unknown_key: str | None = None
 
     def know(self, memory: Memory | None, noted: Mapping[int, bytes]) -> None:
         """Take in what is known from outside the database."""
@@ -326,9 +327,8 @@ class _Run:
         if problem is not None:
             damage, detail = problem
             self.done.add(head.sequence, damage, detail)
-            if damage is Damage.HEAD:
-                # A beginning that nobody signed may hide what was deleted.
-                return
+            # A beginning that nobody signed may hide what was deleted.
+            return
         self._base = self._last = head.base_sequence
         self._previous = (head.base_hash,)
         self._compare(self._base, head.base_hash)
@@ -348,17 +348,13 @@ class _Run:
         if not self._comes_next(sequence):
             return
         stored, key_id, mac = (as_bytes(row[_N]), row[_N + 1], as_bytes(row[_N + 2]))
-        sealer = self._keys.get(key_id)
-        signed = sealer is not None and chain.same(sealer.record(sequence, stored), mac)
+        signed = self._signed(sequence, stored, key_id, mac)
         expected = self._expected(row)
         follows = stored in expected
-        if sealer is None:
-            detail = f"signed with key {key_id}, {_HERE}"
-            self.done.add(sequence, Damage.UNKNOWN, detail)
-        elif not (follows and signed):
+        if not follows or signed is False:
             self._judge(sequence, follows=follows, signed=signed)
         self._last = sequence
-        self._is_certain = signed
+        self._is_certain = follows if signed is None else signed
         # A hash that nobody signed is unsure: it may be what was changed.
         self._previous = (stored,) if signed or follows else (stored, *expected)
         self._compare(sequence, stored)
@@ -371,15 +367,32 @@ class _Run:
         accepted = orjson.loads(detail).get(ACCEPTED, ())
         self._accepted.update(key for key in accepted if isinstance(key, str))
 
-    def _judge(self, sequence: int, *, follows: bool, signed: bool) -> None:
+    def _signed(
+        self, sequence: int, stored: bytes, key_id: str, mac: bytes
+    ) -> bool | None:
+        """Tell whether a record is signed; None: with a key that is not here.
+
+        Records in a row with the same unknown key are one finding.
+        """
+        sealer = self._keys.get(key_id)
+        if sealer is not None:
+            self._unknown_key = None
+            return chain.same(sealer.record(sequence, stored), mac)
+        if key_id != self._unknown_key:
+            detail = f"from here on signed with key {key_id}, {_HERE}"
+            self.done.add(sequence, Damage.UNKNOWN, detail)
+            self._unknown_key = key_id
+        return None
+
+    def _judge(self, sequence: int, *, follows: bool, signed: bool | None) -> None:
         if follows:
             detail = "hashed again: its signature was not made with the key"
             self.done.add(sequence, Damage.FORGED, detail)
-        elif not signed:
+        elif signed is False:
             detail = "neither its hash nor its signature belong here"
             self.done.add(sequence, Damage.MISPLACED, detail)
         elif self._is_certain:
-            detail = "its contents are not those that were signed"
+            detail = "its contents do not give its hash"
             self.done.add(sequence, Damage.ALTERED, detail)
         else:
             self.done.unchecked += 1
@@ -441,8 +454,7 @@ class _Run:
     def _is_signed(self, anchor: Any) -> bool:
         sealer = self._keys.get(anchor.key_id)
         if sealer is None:
-            detail = f"its anchor is signed with key {anchor.key_id}, {_HERE}"
-            self.done.add(anchor.sequence, Damage.UNKNOWN, detail)
+            # Proves nothing, and repeats only what records and head say.
             return False
         wanted = sealer.anchor(
             anchor.stream, anchor.sequence, as_bytes(anchor.hash), anchor.time_us

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Table, insert, select, text, update
 
 from storage.audit import AuditEvent, AuditTrail
 from storage.audit.chain import CONTENT, canonical, link
-from storage.audit.keys import Memory, own_key
+from storage.audit.keys import Memory, keyring
 from storage.audit.trail import STREAM
 from storage.audit.verify import ChainVerifier, Verification
 from storage.db.engine import Database
@@ -34,9 +34,9 @@ def records(database: Database) -> list[Any]:
 
 def verified(database: Database, folder: Path, **more: Any) -> Verification:
     """Verify as the command does: with the key and the memory of the folder."""
-    key = own_key(folder)
-    memory = more.pop("memory", Memory(folder, STREAM, key))
-    return ChainVerifier(database, [key]).verify(STREAM, memory=memory, **more)
+    keys = keyring(folder)
+    memory = more.pop("memory", Memory(folder, STREAM, keys.own))
+    return ChainVerifier(database, [*keys]).verify(STREAM, memory=memory, **more)
 
 
 @contextmanager

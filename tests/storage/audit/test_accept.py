@@ -9,12 +9,13 @@ from sqlalchemy import text
 
 from storage.audit import AuditEvent, AuditTrail
 from storage.audit.accept import accept
-from storage.audit.keys import Memory, own_key
+from storage.audit.keys import KEY_FILE, Memory, keyring
 from storage.audit.trail import STREAM
 from storage.audit.verify import Damage, Verification
 from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
-from storage.kernel.errors import Conflict
+from storage.kernel.clock import SystemClock
+from storage.kernel.errors import Conflict, DependencyDown
 from tests.support.attacks import ATTACKS, N
 from tests.support.auditing import attacking, copy_rows, put_back, verified, write
 
@@ -29,8 +30,9 @@ def chain(database: Database, trail: AuditTrail) -> Database:
 
 
 def accepted(database: Database, folder: Path, found: Verification) -> None:
-    key = own_key(folder)
-    accept(database, Memory(folder, STREAM, key), key, found, WHO, 1_000_000)
+    keys = keyring(folder)
+    memory = Memory(folder, STREAM, keys.own)
+    accept(database, memory, keys, found, WHO, 1_000_000)
 
 
 @on_sqlite
@@ -116,6 +118,33 @@ def test_nobody_accepts_for_himself_by_changing_the_record(
             )
         )
 
+    done = verified(chain, folder)
+    assert done.first is not None
+    assert (done.first.sequence, done.first.damage) == (5, Damage.ALTERED)
+
+
+def test_after_the_key_was_lost_the_audit_stops_and_can_go_on_with_another(
+    chain: Database, trail: AuditTrail, folder: Path
+) -> None:
+    trail.close()
+    (folder / KEY_FILE).unlink()
+    other = AuditTrail(chain, SystemClock(), folder)
+    with pytest.raises(DependencyDown, match="key"):
+        write(other, 1)
+
+    found = verified(chain, folder)
+    assert {one.key for one in found.findings} >= {"1:unknown", "12:unknown"}
+    accepted(chain, folder, found)
+    write(other, 2)
+    other.close()
+
+    done = verified(chain, folder)
+    assert done.is_clean, done.findings
+    # Their hashes are checked still.
+    with attacking(chain) as connection:
+        connection.execute(
+            text("UPDATE audit_record SET actor = 'eve' WHERE sequence = 5")
+        )
     done = verified(chain, folder)
     assert done.first is not None
     assert (done.first.sequence, done.first.damage) == (5, Damage.ALTERED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from sqlalchemy import Connection, select, text, update
 from storage.audit import AuditTrail
 from storage.audit.append import head_of
 from storage.audit.chain import Sealer
-from storage.audit.keys import Memory, own_key
+from storage.audit.keys import KEY_FILE, own_key
 from storage.audit.trail import STREAM
 from storage.audit.verify import ChainVerifier, Damage, Verification
 from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
 from storage.kernel.clock import SystemClock
+from storage.kernel.errors import DependencyDown
 from tests.support.attacks import ATTACKS, N, change_and_rechain
 from tests.support.auditing import (
     attacking,
@@ -178,20 +180,66 @@ def test_a_key_that_is_not_here_is_no_clean_chain(
     assert ChainVerifier(chain, [other, own_key(folder)]).verify(STREAM).is_clean
 
 
-def test_two_hosts_with_keys_of_their_own_share_a_chain(
-    chain: Database, folder: Path, tmp_path: Path
+def test_hosts_that_know_each_others_keys_share_a_chain(
+    chain: Database, trail: AuditTrail, folder: Path, tmp_path: Path
 ) -> None:
-    other = AuditTrail(chain, SystemClock(), tmp_path / "other")
-    write(other, 3)
+    there = tmp_path / "other"
+    own_key(there)
+    shutil.copy(folder / KEY_FILE, there / "one.key")
+    shutil.copy(there / KEY_FILE, folder / "other.key")
+    one = AuditTrail(chain, SystemClock(), folder)
+    other = AuditTrail(chain, SystemClock(), there)
+    for trail_of_either in (other, one, other):
+        write(trail_of_either, 2)
+    one.close()
     other.close()
 
-    keys = [own_key(folder), own_key(tmp_path / "other")]
+    for place in (folder, there):
+        done = verified(chain, place)
+        assert done.is_clean, done.findings
+        assert done.records == N + 6
 
-    done = ChainVerifier(chain, keys).verify(
-        STREAM, memory=Memory(folder, STREAM, keys[0])
-    )
-    assert done.is_clean, done.findings
-    assert done.records == N + 3
+
+def test_a_host_whose_key_nobody_gave_us_does_not_write(
+    chain: Database, tmp_path: Path
+) -> None:
+    other = AuditTrail(chain, SystemClock(), tmp_path / "other")
+
+    with pytest.raises(DependencyDown, match="audit verify"):
+        write(other, 1)
+
+    other.close()
+    assert len(records(chain)) == N
+
+
+def test_a_head_of_an_unknown_key_is_not_gone_on_from(
+    chain: Database, trail: AuditTrail, folder: Path
+) -> None:
+    """Else our own signature would make a shortened chain a true one."""
+    ninth = records(chain)[8].hash
+    with attacking(chain) as connection:
+        connection.execute(text("DELETE FROM audit_record WHERE sequence > 9"))
+        connection.execute(
+            update(AuditStream).values(sequence=9, hash=ninth, key_id="another")
+        )
+
+    with pytest.raises(DependencyDown, match="another"):
+        write(trail, 1)
+
+    assert not verified(chain, folder).is_clean
+
+
+def test_records_in_a_row_with_one_unknown_key_are_one_finding(
+    chain: Database, folder: Path
+) -> None:
+    with attacking(chain) as connection:
+        connection.execute(
+            text("UPDATE audit_record SET key_id = 'x' WHERE sequence IN (3, 4, 5, 9)")
+        )
+
+    done = verified(chain, folder)
+
+    assert [one.key for one in done.findings] == ["3:unknown", "9:unknown"]
 
 
 class TestAnchors:
