@@ -10,7 +10,7 @@ import orjson
 from fastapi import APIRouter, Response
 
 from pacs.domain.study import Level
-from pacs.web.negotiation import DICOM_JSON, Offer, choose
+from pacs.web.negotiation import DICOM_JSON, Offer, accept_of, choose
 from pacs.web.search import Asked, SearchContext
 
 router = APIRouter(tags=["search"])
@@ -59,9 +59,8 @@ def _count(
     series: str | None = None,
 ) -> Response:
     parsed = asked.parsed(study, series)
-    accept = parsed.accept or asked.request.headers.get("accept", "")
     # What negotiation calls DICOM JSON is what clients call JSON.
-    choose(accept, (Offer(DICOM_JSON),))
+    choose(accept_of(asked.request), (Offer(DICOM_JSON),))
     found = asked.query.count(asked.actor, level, parsed.search)
     body = orjson.dumps({"count": found.total or 0, "approximate": found.at_least})
     response = Response(body, media_type="application/json")

@@ -31,7 +31,7 @@ from pacs.web.dependencies import (
     path_uid,
 )
 from pacs.web.native_xml import native_model
-from pacs.web.negotiation import DICOM_JSON, DICOM_XML, Offer, choose
+from pacs.web.negotiation import DICOM_JSON, DICOM_XML, Offer, accept_of, choose
 from storage.kernel.errors import InvalidParameter
 from storage.kernel.types import Actor
 
@@ -158,8 +158,7 @@ def _answer(
 ) -> Response:
     """Parse, search, and write the answer in the form that was asked for."""
     parsed = asked.parsed(study, series)
-    accept = parsed.accept or asked.request.headers.get("accept", "")
-    form = choose(accept, (JSON, XML))
+    form = choose(accept_of(asked.request), (JSON, XML))
     found = asked.query.search(asked.actor, level, parsed.search)
     response = _body(asked.request, found, form)
     asked.describe(response, parsed, found)
@@ -212,7 +211,6 @@ class ParsedQuery:
     """A query string: the search it asks for, and what could not be honoured."""
 
     search: SearchRequest
-    accept: str
     warnings: tuple[str, ...]
 
 
@@ -229,7 +227,6 @@ class _Collected:
     cursor: str = ""
     order: str = ""
     total: bool = False
-    accept: str = ""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -269,7 +266,7 @@ def parse_query(query_string: bytes) -> ParsedQuery:
         order=found.order,
         total=found.total,
     )
-    return ParsedQuery(search, found.accept, tuple(dict.fromkeys(found.warnings)))
+    return ParsedQuery(search, tuple(dict.fromkeys(found.warnings)))
 
 
 def _decoded(raw: bytes) -> str:
@@ -403,8 +400,8 @@ def _total(found: _Collected, value: str) -> None:
     found.total = _flag("totalcount", value)
 
 
-def _accept(found: _Collected, value: str) -> None:
-    found.accept = value
+def _accept(_found: _Collected, _value: str) -> None:
+    """Leave the parameter to `accept_of`, which reads it before it is decoded."""
 
 
 #: Parameters that are no matching keys; the last three are extensions.
