@@ -20,6 +20,8 @@ PIXEL_MEASURES: Final = 0x00289110
 MAX_ASPECT: Final = 20.0
 #: What differs by less is square: spacings are written with few digits.
 SQUARE: Final = 0.005
+#: Pixels along a side of a picture: no JPEG or GIF has more.
+MAX_SIDE: Final = 65_500
 #: A displayed area may reach this many image sizes beyond the image.
 MAX_AREA: Final = 8.0
 
@@ -235,7 +237,9 @@ def _scale(width: float, height: float, wanted: Wanted, natural: float) -> float
         if wanted.max_height is not None:
             fits.append(wanted.max_height / height)
     # Bound: a picture never has more pixels than one request may cost.
-    most = math.sqrt(wanted.max_pixels / (width * height))
+    most = min(
+        math.sqrt(wanted.max_pixels / (width * height)), MAX_SIDE / max(width, height)
+    )
     return min([*fits, most] if fits else [natural, most])
 
 

@@ -93,13 +93,22 @@ def with_profile(
     if wanted == "yes":
         return picture, own or _profile("srgb")
     target = _profile(wanted)
-    converted = ImageCms.profileToProfile(
+    try:
+        converted = _converted(picture, own or _profile("srgb"), target)
+    except ImageCms.PyCMSError:
+        # Tolerates: a profile that is none; most cameras mean sRGB.
+        converted = _converted(picture, _profile("srgb"), target)
+    return converted, target
+
+
+def _converted(picture: Image.Image, source: bytes, target: bytes) -> Image.Image:
+    found = ImageCms.profileToProfile(
         picture,
-        io.BytesIO(own or _profile("srgb")),
+        io.BytesIO(source),
         io.BytesIO(target),
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
     )
-    return converted or picture, target
+    return found or picture
 
 
 @cache

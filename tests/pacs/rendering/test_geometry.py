@@ -112,6 +112,11 @@ def test_a_picture_fits_and_is_never_larger_than_allowed(
     assert plain.width * plain.height <= 10_000 * 1.1 + max(plain.width, plain.height)
 
 
+def test_no_side_is_longer_than_a_file_can_have() -> None:
+    long = placement_of(View(Box(0, 0, 65_535, 2)), Wanted(PNG))
+    assert (long.width, long.height) == (65_500, 2)
+
+
 def test_regions_of_both_kinds() -> None:
     view = View(Box(0, 0, 100, 50))
     part = placement_of(view, Wanted(PNG, viewport=Viewport(10, 10, 20, 10, -20, 20)))

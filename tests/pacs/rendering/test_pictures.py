@@ -97,6 +97,14 @@ def test_the_profile_of_the_image_is_its_own() -> None:
     assert (np.asarray(picture) == COLOURS).all()
 
 
+def test_a_profile_that_is_none_is_taken_for_srgb() -> None:
+    ds = Dataset()
+    ds.ICCProfile = bytes(500)
+    broken, _ = with_profile(Image.fromarray(COLOURS), header(ds), "adobergb")
+    plain, _ = with_profile(Image.fromarray(COLOURS), header(Dataset()), "adobergb")
+    assert (np.asarray(broken) == np.asarray(plain)).all()
+
+
 def patient(name: str) -> Dataset:
     ds = Dataset()
     ds.SpecificCharacterSet = "GB18030"
