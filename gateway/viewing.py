@@ -30,7 +30,7 @@ from pacs.services.volumes import (
     VolumeService,
     one_tenant,
 )
-from pacs.services.volumes_stream import Frames, SeriesStream
+from pacs.services.volumes_stream import HTJ2K, Frames, SeriesStream
 from storage.kernel.errors import ImagingError, NotFound
 from storage.kernel.limits import MIB
 from storage.kernel.settings import Settings
@@ -70,7 +70,7 @@ _STORAGE = "1.2.840.10008.5.1.4.1.1."
 KEY_OBJECTS: Final = f"{_STORAGE}88.59"
 #: An XDS-I manifest lists everything and selects nothing (PS3.16 CID 7010).
 MANIFEST: Final = ("DCM", "113030")
-HTJ2K: Final = frozenset(f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203))
+
 #: What a browser's decoders read besides HTJ2K: JPEG, JPEG-LS, JPEG 2000, RLE.
 BROWSER: Final = frozenset(
     (

@@ -53,7 +53,12 @@ UID = r"^[0-9A-Za-z._-]{1,64}$"
 PathUid = Annotated[str, Path(pattern=UID)]
 #: In the address, not in a body: what is looked at belongs into every record of it.
 QueryUid = Annotated[str, Query(pattern=UID)]
-RAW = "1.2.840.10008.1.2.1"
+#: Transfer syntaxes that Accept can name.
+FORMS: dict[str, Form] = {
+    "1.2.840.10008.1.2.1": "raw",
+    "1.2.840.10008.1.2.4.201": "htj2k",
+    "1.2.840.10008.1.2.4.202": "htj2k",
+}
 #: Pictures under way wait in threads of their own: all other routes keep theirs.
 ROOM = CapacityLimiter(8)
 #: More are told to come back.
@@ -218,7 +223,11 @@ def read_frames(
 def _accepted(request: Request) -> Form:
     """Return the form that Accept names by transfer syntax; as stored without."""
     asked = request.headers.get("accept", "").replace('"', "").replace(" ", "")
-    return "raw" if f"transfer-syntax={RAW}" in asked.split(",")[0] else "stored"
+    first = asked.split(",")[0].split(";")
+    return next(
+        (form for uid, form in FORMS.items() if f"transfer-syntax={uid}" in first),
+        "stored",
+    )
 
 
 @router.get("/overlays/{study}")

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from storage.kernel.types import Actor
 
 Vector = tuple[float, float, float]
-Form = Literal["stored", "raw"]
+Form = Literal["stored", "raw", "htj2k"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import orjson
 from pacs.domain.attributes import text, whole
 from pacs.domain.study import Level, StoredInstance
 from pacs.imaging import syntaxes
+from pacs.imaging.encoders import HTJ2K_LOSSLESS_RPCL, is_encodable
 from pacs.rendering.volume import NotAVolume
 from pacs.rendering.volume_levels import MAX_LEVEL, reduce, reduced_size
 from pacs.services.retrieve import RetrieveService
@@ -20,8 +21,10 @@ from storage.kernel.errors import InvalidParameter, NotFound, TooLarge
 from storage.kernel.types import Actor
 
 Order = Literal["middle-out", "ascending"]
-Form = Literal["stored", "raw"]
+Form = Literal["stored", "raw", "htj2k"]
 
+#: Stored in it already, with or without loss.
+HTJ2K: Final = frozenset(f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203))
 #: Frames of one series that one answer holds.
 MAX_FRAMES: Final = 100_000
 #: Photometric interpretations whose neighbouring samples can be averaged.
@@ -84,8 +87,10 @@ class SeriesStream:
 
         Parameters
         ----------
-        form : {"stored", "raw"}
-            As stored (native ones always in little endian), or decoded.
+        form : {"stored", "raw", "htj2k"}
+            As stored (native ones always in little endian), decoded, or in HTJ2K
+            without loss, resolution after resolution, where grey frames are not
+            stored with loss; a kept rendition is used, else each is encoded.
         order : {"middle-out", "ascending"}
             Of planes along their normal, where they have one; else of presentation.
         level : int
@@ -159,7 +164,9 @@ class SeriesStream:
         """
         place = frames.places[position]
         stored = frames.stored[place.instance]
-        target = None if frames.form == "stored" else syntaxes.EXPLICIT_VR_LE
+        target: str | None = frames.syntaxes[place.syntax]
+        if target == stored.transfer_syntax_uid:
+            target = None
         source = self._retrieve.open_frame(stored, place.frame_number, target)
         if not place.reduced:
             return source.length, source.chunks()
@@ -219,10 +226,18 @@ def middle_out(ordered: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _sent(stored: StoredInstance, form: Form) -> str:
     """Return the transfer syntax in which frames of an instance leave."""
-    syntax = syntaxes.get(stored.transfer_syntax_uid)
+    uid = stored.transfer_syntax_uid
+    syntax = syntaxes.get(uid)
     if form == "stored" and syntax.encapsulated:
-        return stored.transfer_syntax_uid
-    return syntaxes.EXPLICIT_VR_LE
+        return uid
+    if form != "htj2k":
+        return syntaxes.EXPLICIT_VR_LE
+    if uid in HTJ2K or (syntax.encapsulated and (syntax.lossy or not syntax.decodes)):
+        return uid
+    grey = stored.samples == 1 and is_encodable(
+        HTJ2K_LOSSLESS_RPCL, bits_allocated=stored.bits_allocated or 0, samples=1
+    )
+    return HTJ2K_LOSSLESS_RPCL if grey else syntaxes.EXPLICIT_VR_LE
 
 
 def _place(

@@ -215,6 +215,25 @@ def test_frames_of_the_chest_ct_come_as_stored_or_decoded(chest: Viewing) -> Non
         assert decoded.tobytes() == plain.body
 
 
+@pytest.mark.parametrize("how", ["form", "accept"])
+def test_frames_in_htj2k_without_loss(phantom: Viewing, how: str) -> None:
+    if how == "form":
+        answer = phantom.get(f"{SERIES}?form=htj2k")
+    else:
+        answer = phantom.get(
+            SERIES, accept="image/jphc; transfer-syntax=1.2.840.10008.1.2.4.202"
+        )
+
+    stream = parse(answer.body)
+    raw = parse(phantom.get(f"{SERIES}?form=raw").body)
+    assert stream.head["syntaxes"] == ["1.2.840.10008.1.2.4.202"]
+    assert stream.ended
+    for packed, plain in zip(stream.records, raw.records, strict=True):
+        decoded = imagecodecs.htj2k_decode(packed.body).astype("<u2")
+        assert decoded.tobytes() == plain.body
+        assert packed.flags == 0
+
+
 @corpus.needs_corpus
 def test_frames_of_multi_frame_objects_in_colour_and_palette(viewing: Viewing) -> None:
     """Two ultrasound loops: palette in RLE, YBR in JPEG; decoded and at half size."""
@@ -231,7 +250,13 @@ def test_frames_of_multi_frame_objects_in_colour_and_palette(viewing: Viewing) -
         stored = parse(viewing.get(path).body)
         raw = parse(viewing.get(f"{path}&form=raw").body)
         half = parse(viewing.get(f"{path}&form=raw&level=1").body)
+        packed = parse(viewing.get(f"{path}&form=htj2k").body)
 
+        # Stored with loss, it stays so; of palette colour the indices are packed.
+        assert packed.head["syntaxes"] == [
+            found.transfer_syntax_uid if samples == 3 else "1.2.840.10008.1.2.4.202"
+        ]
+        assert {one.flags for one in packed.records} == {0}
         rows, columns = found.rows or 0, found.columns or 0
         assert [one.frame for one in stored.records] == list(range(1, frames + 1))
         assert stored.head["syntaxes"] == [found.transfer_syntax_uid]
