@@ -278,7 +278,8 @@ class Pacs(_Part):
     require_patient_id: bool = Field(False, description="else accepted and flagged")
     accept_files_without_preamble: bool = Field(False, description="import only")
     permanent_delete: bool = Field(True, description="DELETE tombstones and erases")
-    decoders: int = Field(1, ge=1, le=32, description="decoder processes per process")
+    # One that hangs must not keep the others waiting.
+    decoders: int = Field(2, ge=1, le=32, description="decoder processes per process")
     renderers: int = Field(
         1, ge=1, le=32, description="processes per process that draw volumes"
     )
