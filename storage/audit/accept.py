@@ -73,7 +73,9 @@ def accept(
             entry_of(one, now_us, detail_text(one.detail, DETAIL_BYTES))
             for one in (resume, named)
         ]
-        _, new = append(connection, found.stream, entries, keys, now_us)
+        _, new = append(
+            connection, found.stream, entries, keys, now_us, lambda _c, _head: False
+        )
     memory.begin_anew(Seen(new.sequence, new.hash, new.time_us))
     return new
 

@@ -18,14 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection
 
-from storage.audit.append import GIVEN, Entry, append, bound_waiting, entry_of
+from storage.audit.append import (
+    GIVEN,
+    Entry,
+    append,
+    bound_waiting,
+    entry_of,
+    hash_at,
+)
 from storage.audit.chain import Head
 from storage.audit.event import AuditEvent, Outcome, detail_text
 from storage.audit.keys import Memory, Seen, keyring
 from storage.db.engine import Database
-from storage.db.tables import AuditRecord
 from storage.group import GroupCommit, Ticket
 from storage.kernel.clock import Clock
 from storage.kernel.errors import DependencyDown, ImagingError
@@ -211,7 +217,7 @@ class AuditTrail:
         SQLite the connection must come from `Database.write`.
         """
         now_us = self._clock.now_us()
-        append(connection, self._stream, [self._entry(event)], self._keys, now_us)
+        self._append(connection, [self._entry(event)], now_us)
 
     def check(self) -> None:
         """Raise DependencyDown while reads are refused."""
@@ -359,19 +365,33 @@ class AuditTrail:
         try:
             with self._database.write() as connection:
                 bound_waiting(connection, LOCK_SECONDS)
-                before, head = append(
-                    connection,
-                    self._stream,
-                    entries,
-                    self._keys,
-                    self._clock.now_us(),
-                )
+                before, head = self._append(connection, entries, self._clock.now_us())
         finally:
             if self._observer is not None:
                 accesses = sum(entry.count for entry in entries)
                 seconds = time.perf_counter() - started
                 self._observer.written(accesses, seconds, failed=before is None)
         self._remember(before, head)
+
+    def _append(
+        self, connection: Connection, entries: Sequence[Entry], now_us: int
+    ) -> tuple[Head, Head]:
+        return append(
+            connection, self._stream, entries, self._keys, now_us, self._can_follow
+        )
+
+    def _can_follow(self, connection: Connection, head: Head) -> bool:
+        """Tell whether a head of another host can follow what we remember."""
+        try:
+            seen = self._memory.read()
+        except ImagingError:
+            # Verification tells; the memory is made anew with the next record.
+            return True
+        if seen is None or seen.sequence <= head.base_sequence:
+            return True
+        if seen.sequence >= head.sequence:
+            return (seen.sequence, seen.hash) == (head.sequence, head.hash)
+        return hash_at(connection, self._stream, seen.sequence) == seen.hash
 
     def _remember(self, before: Head, head: Head) -> None:
         """Note the new head outside the database.
@@ -402,10 +422,4 @@ class AuditTrail:
 
     def _hash_of(self, sequence: int) -> bytes | None:
         with self._database.read() as connection:
-            found = connection.scalar(
-                select(AuditRecord.hash).where(
-                    AuditRecord.stream == self._stream,
-                    AuditRecord.sequence == sequence,
-                )
-            )
-        return None if found is None else bytes(found)
+            return hash_at(connection, self._stream, sequence)

@@ -19,7 +19,7 @@ from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
 from storage.kernel.clock import SystemClock
 from storage.kernel.errors import DependencyDown
-from tests.support.attacks import ATTACKS, N, change_and_rechain
+from tests.support.attacks import ATTACKS, N, change_and_rechain, copy_to
 from tests.support.auditing import (
     attacking,
     copy_rows,
@@ -200,20 +200,24 @@ def test_hosts_that_know_each_others_keys_share_a_chain(
         assert done.records == N + 6
 
 
-def test_a_host_whose_key_nobody_gave_us_does_not_write(
-    chain: Database, tmp_path: Path
+def test_hosts_with_keys_of_their_own_share_a_chain(
+    chain: Database, trail: AuditTrail, folder: Path, tmp_path: Path
 ) -> None:
+    """Each goes on from the other; who verifies needs both keys."""
     other = AuditTrail(chain, SystemClock(), tmp_path / "other")
-
-    with pytest.raises(DependencyDown, match="audit verify"):
-        write(other, 1)
-
+    for trail_of_either in (other, trail, other, trail):
+        write(trail_of_either, 2)
     other.close()
-    assert len(records(chain)) == N
+
+    done = verified(chain, folder)
+    assert [one.key for one in done.findings] == ["13:unknown", "17:unknown"]
+    keys = [own_key(folder), own_key(tmp_path / "other")]
+    assert ChainVerifier(chain, keys).verify(STREAM).is_clean
 
 
+@pytest.mark.parametrize("replaced", ["", "by others"])
 def test_a_head_of_an_unknown_key_is_not_gone_on_from(
-    chain: Database, trail: AuditTrail, folder: Path
+    chain: Database, trail: AuditTrail, folder: Path, replaced: str
 ) -> None:
     """Else our own signature would make a shortened chain a true one."""
     ninth = records(chain)[8].hash
@@ -222,8 +226,12 @@ def test_a_head_of_an_unknown_key_is_not_gone_on_from(
         connection.execute(
             update(AuditStream).values(sequence=9, hash=ninth, key_id="another")
         )
+        if replaced:
+            for sequence in range(10, N + 3):
+                copy_to(connection, 3, sequence)
+            connection.execute(update(AuditStream).values(sequence=N + 2))
 
-    with pytest.raises(DependencyDown, match="another"):
+    with pytest.raises(DependencyDown, match="audit verify"):
         write(trail, 1)
 
     assert not verified(chain, folder).is_clean
