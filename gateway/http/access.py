@@ -50,6 +50,7 @@ OPEN_LOGIN = Login(OPEN_ACTOR, "open")
 _PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "/wado": {"studyUID": "study", "seriesUID": "series", "objectUID": "instance"},
     "/api/v1/viewer/series/{series}": {"study": "study"},
+    "/api/v1/viewer": {"study": "study", "series": "series"},
 }
 _KEPT_QUERY = 1024
 #: Segments of paths that name an object without a UID.

@@ -91,3 +91,20 @@ def test_nothing_is_left_when_the_node_stops(tmp_path: Path) -> None:
         lambda: not [pid for pid in workers if psutil.pid_exists(pid)],
         "the workers to end with the node",
     )
+
+
+def test_the_audit_names_what_was_rendered(node: RunningNode) -> None:
+    files = [part10(ds) for ds in Phantom().datasets(seed=SEED)]
+    node.request("POST", "/dicom-web/studies", *multipart(files))
+    assert node.request("POST", RENDER, b"{}").status == 200
+    assert node.request("POST", f"{V1}/prefetch?study={STUDY}").status == 202
+
+    found = node.request("GET", f"/api/v1/audit?study={STUDY}&limit=100").json()
+    named = [
+        (one["study_uid"], one["series_uid"])
+        for one in found["records"]
+        if one["action"] == "get"
+    ]
+
+    assert (STUDY, SERIES) in named
+    assert (STUDY, "") in named
