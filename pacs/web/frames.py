@@ -66,7 +66,7 @@ def retrieve_frames(
     """Retrieve frames, in the order they are asked for."""
     numbers = parse_frame_list(frames, asked.retrieve.limits.frames_list)
     found = asked.instance(study, series, instance)
-    offers = frame_offers(found, single=len(numbers) == 1)
+    offers = frame_offers(found.transfer_syntax_uid, single=len(numbers) == 1)
     try:
         acceptable = candidates(asked.accept(), offers)
     except Unsupported:
@@ -140,9 +140,10 @@ def parse_frame_list(text: str, allowed: int) -> list[int]:
     return numbers
 
 
-def frame_offers(instance: StoredInstance, *, single: bool) -> list[Offer]:
-    """Return the forms that frames of an instance may have, the default first."""
-    syntax = syntaxes.get(instance.transfer_syntax_uid)
+@cache
+def frame_offers(transfer_syntax_uid: str, *, single: bool) -> tuple[Offer, ...]:
+    """Return the forms that frames in a syntax may be given in, the default first."""
+    syntax = syntaxes.get(transfer_syntax_uid)
     own = [] if syntax.media_type == OCTETS else [syntax.media_type]
     kinds = [OCTETS, *own]
     if not syntax.decodes:
@@ -150,12 +151,12 @@ def frame_offers(instance: StoredInstance, *, single: bool) -> list[Offer]:
         kinds = [*own, OCTETS]
     else:
         kinds += [kind for kind in ENCODED_TYPES if kind not in own]
-    return [
+    return tuple(
         Offer(kind, multipart=multipart)
         for kind in kinds
         for multipart in (True, False)
         if multipart or single
-    ]
+    )
 
 
 def frame_target(

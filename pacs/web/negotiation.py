@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 from fastapi import Request
@@ -158,6 +159,10 @@ def choose(accept: str, offers: Sequence[Offer]) -> Offer:
     return candidates(accept, offers)[0][0]
 
 
+#: Longer headers are not worth remembering.
+_REMEMBERED_CHARS = 512
+
+
 def candidates(accept: str, offers: Sequence[Offer]) -> list[tuple[Offer, str]]:
     """Return every acceptable (offer, transfer syntax), the best first.
 
@@ -168,19 +173,34 @@ def candidates(accept: str, offers: Sequence[Offer]) -> list[tuple[Offer, str]]:
     Unsupported
         None is acceptable.
     """
+    listed = tuple(offers)
+    # A viewer asks for thousands of frames with one and the same header.
+    short = len(accept) <= _REMEMBERED_CHARS
+    found = (_remembered if short else _candidates)(accept, listed)
+    if not found:
+        raise Unsupported(f"available: {', '.join(map(str, offers))}")
+    return list(found)
+
+
+def _candidates(
+    accept: str, offers: tuple[Offer, ...]
+) -> tuple[tuple[Offer, str], ...]:
     ranges = parse_accept(accept)
     # Tolerates: a type on its own where only multipart can be given.
     found = _acceptable(ranges, offers) or _acceptable(
         [replace(one, multipart=None) for one in ranges], offers
     )
-    if not found:
-        raise Unsupported(f"available: {', '.join(map(str, offers))}")
     order = {offer: i for i, offer in enumerate(offers)}
     # Sorting is stable: ranges of equal weight keep the order they were listed in.
-    return sorted(
-        found,
-        key=lambda key: (-found[key][0], -found[key][1], order[key[0]]),
+    return tuple(
+        sorted(
+            found,
+            key=lambda key: (-found[key][0], -found[key][1], order[key[0]]),
+        )
     )
+
+
+_remembered = lru_cache(256)(_candidates)
 
 
 def _acceptable(
