@@ -306,18 +306,24 @@ def service(asked: Asked) -> Response:
     return _answer(asked)
 
 
-@router.options("", include_in_schema=False)
-@router.options("/{path:path}", include_in_schema=False)
-def options(asked: Asked, path: str = "") -> Response:
+def options(asked: Asked) -> Response:
     """Retrieve what this server offers, and which methods a resource has."""
     response = _answer(asked)
-    wanted = f"/{path}" if path else ""
+    wanted = asked.request.scope["path"].removeprefix(PREFIX)
     allowed = {"OPTIONS"}
     for route in _routes():
         if route.path_regex.match(wanted):
             allowed |= route.methods or set()
     response.headers["Allow"] = ", ".join(sorted(allowed))
     return response
+
+
+def answer_options(paths: Iterable[str]) -> None:
+    """Answer `OPTIONS` of these resources; what is not there stays unknown."""
+    for path in dict.fromkeys(("", "/", *paths)):
+        router.add_api_route(
+            path, options, methods=["OPTIONS"], include_in_schema=False
+        )
 
 
 def _answer(asked: _Asked) -> Response:

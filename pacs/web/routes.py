@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from starlette.routing import Route
+
 from pacs.web import (
     capabilities,
     count,
@@ -26,8 +28,13 @@ DICOMWEB = (
     retrieve.router,
     store.router,
     delete.router,
-    # Last: its OPTIONS takes any path.
     capabilities.router,
+)
+capabilities.answer_options(
+    route.path
+    for one in DICOMWEB
+    for route in tuple(one.routes)
+    if isinstance(route, Route)
 )
 #: Under ``/``.
 WADO_URI = (wado_uri.router,)

@@ -99,7 +99,6 @@ def test_frames_name_the_syntaxes_they_come_in(web: WebArchive) -> None:
         ("/studies", {"GET", "OPTIONS", "POST"}),
         ("/studies/1.2", {"DELETE", "GET", "HEAD", "OPTIONS", "POST"}),
         ("/studies/1.2/series/1.3/instances/1.4/frames/1", {"GET", "HEAD", "OPTIONS"}),
-        ("/nothing/here", {"OPTIONS"}),
     ],
 )
 def test_options_name_the_methods_of_a_resource(
@@ -108,6 +107,12 @@ def test_options_name_the_methods_of_a_resource(
     answer = ask(web, path)
 
     assert set(answer.headers["allow"].split(", ")) == allowed
+
+
+def test_what_is_not_there_stays_unknown(web: WebArchive) -> None:
+    for method in ("OPTIONS", "GET", "PUT"):
+        assert ask(web, "/nothing/here", method=method).status == 404
+    assert ask(web, "/studies", method="PUT").status == 405
 
 
 def test_other_forms_are_406(web: WebArchive) -> None:
