@@ -319,9 +319,11 @@ class Gate:
         missing = isinstance(error, NotAuthenticated)
         if missing and self._basic and scope["path"].startswith(BASIC_PATHS):
             answer.headers.append("WWW-Authenticate", 'Basic realm="DICOMweb"')
-        if missing and scope["method"] == "GET" and _is_navigation(headers):
+        if missing and scope["method"] == "GET" and is_navigation(headers):
             answer = self._login_page
-        if login is not None and rule is not None and rule.action is not None:
+        # What a page asks for again and again, and is not told, is no news.
+        told = rule is not None and (rule.audited or scope["method"] not in SAFE)
+        if told and login is not None and rule is not None and rule.action is not None:
             event = event_of(login.actor, rule, names, scope, origin)
             event = with_outcome(event, answer.status_code, str(error))
             try:
@@ -459,7 +461,7 @@ def _decoded(value: str) -> tuple[str, str]:
     return name, password
 
 
-def _is_navigation(headers: Mapping[bytes, bytes]) -> bool:
+def is_navigation(headers: Mapping[bytes, bytes]) -> bool:
     """Tell whether a browser asks for a page to show, not a script for data."""
     mode = headers.get(b"sec-fetch-mode")
     if mode is not None:

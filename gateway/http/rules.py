@@ -91,7 +91,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule((*READ, "POST"), f"{_V1}/viewer/**", Action.GET),
     Rule(("POST",), f"{_V1}/studies/{{study}}/settle", Action.SETTLE),
     Rule(READ, f"{_V1}/activity", Action.MEASURE, audited=False),
-    Rule(READ, f"{_V1}/changes", Action.FOLLOW, audited=False),
+    Rule(READ, f"{_V1}/changes", Action.FOLLOW),
     Rule(READ, f"{_V1}/commitments/{{transaction}}", Action.COMMIT),
     Rule(READ, f"{_V1}/node", Action.INSPECT, audited=False),
     Rule(READ, f"{_V1}/peers", Action.ADMINISTER),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import secrets
 import threading
 import time
@@ -57,7 +58,11 @@ class TotpSetup:
     @property
     def qr(self) -> str:
         """The address as a picture, SVG, for the camera of a telephone."""
-        return segno.make(self.uri, error="m").svg_inline(scale=4, omitsize=True)
+        made = io.BytesIO()
+        segno.make(self.uri, error="m").save(
+            made, kind="svg", scale=4, xmldecl=False, omitsize=True
+        )
+        return made.getvalue().decode()
 
 
 class LoginService:

@@ -17,7 +17,7 @@ def login_page(status: int) -> Response:
     text = (resources.files("gateway.identity.page") / "login.html").read_text("utf-8")
     policy = (
         f"default-src 'none'; script-src {_hashes('script', text)};"
-        f" style-src {_hashes('style', text)}; connect-src 'self'; img-src 'self';"
+        f" style-src {_hashes('style', text)}; connect-src 'self'; img-src data:;"
         " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return Response(

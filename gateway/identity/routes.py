@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from gateway.http.access import access
+from gateway.http.access import access, is_navigation
 from gateway.http.bodies import Fields, json_answer, read_object
 from gateway.http.client import Clients
 from gateway.identity.logins import LoginService
@@ -240,9 +240,15 @@ async def launch(
     headers = {"Cache-Control": "no-store", "Location": AFTER_TICKET}
     response = Response(status_code=303, headers=headers)
     if ticket and request.method == "GET":
-        secret, login = await run_in_threadpool(
-            using.tickets.exchange, ticket, access().origin
-        )
+        try:
+            secret, login = await run_in_threadpool(
+                using.tickets.exchange, ticket, access().origin
+            )
+        except NotAuthenticated:
+            if not is_navigation(dict(request.scope["headers"])):
+                raise
+            page = using.login_page
+            return Response(page.body, status_code=401, headers=dict(page.headers))
         using.cookie.set_on(response, secret, login)
     elif access().actor is None:
         raise NotAuthenticated("log in first, or come with a ticket")
