@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pydicom.uid import ExplicitVRBigEndian
+from pydicom import dcmread
+from pydicom.encaps import generate_frames
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
-from pacs.imaging.part10 import read_file_meta
+from pacs.imaging.codecs import DecodeSpec
+from pacs.imaging.part10 import file_meta, read_file_meta
 from storage.kernel.errors import DuplicateInstance, InvalidInput
 from tests.support import dcmtk, dicom_peers
 from tests.support.archive import ADMIN, Archive, archive
@@ -166,6 +176,27 @@ def test_a_native_object_reaches_a_peer_that_takes_implicit_only(
     assert dataset_bytes(received[str(ds.SOPInstanceUID)]) == dataset_bytes(
         part10(ds, NATIVE_SYNTAXES[0])
     )
+
+
+@pytest.mark.parametrize(
+    "syntax", [JPEGLSLossless, JPEGLosslessSV1, JPEG2000Lossless, RLELossless]
+)
+def test_who_takes_nothing_native_is_sent_what_it_takes(
+    node: Archive, syntax: str
+) -> None:
+    ds = ct_slice()
+    node.store(part10(ds))
+    contexts = [(str(ds.SOPClassUID), str(syntax))]
+
+    got = dicom_peers.get(node.port, node.aet, {ds.StudyInstanceUID}, contexts)
+
+    used, data = got[str(ds.SOPInstanceUID)]
+    assert used == syntax
+    head = file_meta(ds.SOPClassUID, ds.SOPInstanceUID, used)
+    made = dcmread(io.BytesIO(head + data))
+    (frame,) = generate_frames(made.PixelData, number_of_frames=1)
+    spec = DecodeSpec(ds.Rows, ds.Columns, 1, 16, ds.BitsStored)
+    assert node.node.decoders.decode(frame, used, spec) == ds.PixelData
 
 
 @needs_corpus

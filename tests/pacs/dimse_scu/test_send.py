@@ -96,7 +96,7 @@ def offers(*syntaxes: str, class_uid: str = Instance("").sop_class_uid) -> list[
         (JPEG, (), None),
     ],
 )
-def test_the_stored_syntax_comes_first_and_implicit_last(
+def test_the_stored_syntax_comes_first_then_native_ones(
     stored: str, accepted: tuple[str, ...], chosen: str | None
 ) -> None:
     instance = Instance("1", transfer_syntax_uid=stored)
@@ -104,6 +104,22 @@ def test_the_stored_syntax_comes_first_and_implicit_last(
     found = choose(MemorySource(), instance, by_class(offers(*accepted)))
 
     assert (found.transfer_syntax if found else None) == chosen
+
+
+def test_only_who_takes_nothing_native_gets_it_encoded() -> None:
+    @dataclass
+    class Encoding(MemorySource):
+        def can_send_as(self, instance: Instance, transfer_syntax_uid: str) -> bool:
+            return True
+
+    native = Instance("1")
+    for accepted, chosen in (
+        ((HTJ2K, IMPLICIT_VR_LE), IMPLICIT_VR_LE),
+        ((HTJ2K, JPEG), HTJ2K),
+    ):
+        found = choose(Encoding(), native, by_class(offers(*accepted)))
+        assert found is not None
+        assert found.transfer_syntax == chosen
 
 
 def test_each_class_has_a_context_for_each_stored_syntax_and_the_fallbacks() -> None:
