@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 import orjson
@@ -92,7 +93,7 @@ def _reason(error: Exception) -> dict[str, Any]:
     return {**reason, "message": text[:MAX_WORDS]}
 
 
-def _answer(sock: socket.socket, shared: mmap.mmap) -> None:
+def _answer(sock: socket.socket, shared: memoryview) -> None:
     seconds, n_name, n_arguments, n_payloads, is_shared = REQUEST.unpack(
         receive(sock, REQUEST.size)
     )
@@ -107,8 +108,8 @@ def _answer(sock: socket.socket, shared: mmap.mmap) -> None:
     body: Body = b""
     try:
         if is_shared:
-            shared.seek(0)
-            payloads = [bytearray(shared.read(length)) for length in lengths]
+            ends = [*accumulate(lengths, initial=0)]
+            payloads = [bytearray(shared[a:b]) for a, b in pairwise(ends)]
         else:
             payloads = [receive(sock, length) for length in lengths]
         head, body = _handler(name)(arguments, payloads)
@@ -143,7 +144,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     memory = int(sys.argv[2])
-    shared = mmap.mmap(memory, SHARED_BYTES, prot=mmap.PROT_READ)
+    shared = memoryview(mmap.mmap(memory, SHARED_BYTES, prot=mmap.PROT_READ))
     os.close(memory)
     _limit_memory(int(sys.argv[1]))
     with socket.socket(fileno=0) as sock:
