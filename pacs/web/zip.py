@@ -7,22 +7,27 @@ no more than a chunk is held: entries are deflated without being compressed (pix
 compressed already, or dense) and followed by their size, so that readers of streams can
 take the archive too.
 
-Beside the objects lies ``README.TXT``, which says which UID each file is. A DICOMDIR is
-not made: it lists attributes of every object and would have to be complete before the
-first byte of the archive leaves.
+Beside the objects lie ``DICOMDIR``, which lists what can be listed (PS3.3 Annex F), and
+``README.TXT``, which says which UID each file is. Both come last: they are written from
+what has passed by.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Final, cast
 
 from pacs.domain.study import ByteStream, StoredInstance
+from pacs.imaging.dicomdir import Directory
 from pacs.services.sources import CHUNK
+from storage.kernel.errors import MalformedObject
 
 README: Final = "README.TXT"
+DICOMDIR: Final = "DICOMDIR"
+#: Of more objects no directory is made: it is held until the archive ends.
+MAX_LISTED: Final = 50_000
 
 
 class _Sink:
@@ -80,7 +85,7 @@ def entries(found: Iterable[StoredInstance]) -> list[Entry]:
     return made
 
 
-def archive(listed: Iterable[Entry], opened: Iterable[ByteStream]) -> Iterator[bytes]:
+def archive(listed: Sequence[Entry], opened: Iterable[ByteStream]) -> Iterator[bytes]:
     """Yield a ZIP archive of the entries; each is opened when its turn comes.
 
     Parameters
@@ -90,6 +95,7 @@ def archive(listed: Iterable[Entry], opened: Iterable[ByteStream]) -> Iterator[b
     """
     sink = _Sink()
     lines = ["File\tSOP Instance UID\tTransfer Syntax UID"]
+    directory = Directory() if len(listed) <= MAX_LISTED else None
     with zipfile.ZipFile(
         # It is written to, and nothing else.
         cast("IO[bytes]", sink),
@@ -100,15 +106,31 @@ def archive(listed: Iterable[Entry], opened: Iterable[ByteStream]) -> Iterator[b
     ) as made:
         for entry, stream in zip(listed, opened, strict=True):
             large = stream.length > _LARGE
+            head = b""
             with made.open(entry.name, "w", force_zip64=large) as file:
                 for chunk in stream.chunks:
+                    head = head or chunk
                     file.write(chunk)
                     yield from sink.taken(CHUNK // 2)
+            note = ""
+            if directory is None or not _list(directory, entry, head):
+                note = "\tnot in DICOMDIR"
             uid = entry.instance.sop_instance_uid
-            lines.append(f"{entry.name}\t{uid}\t{stream.transfer_syntax_uid}")
+            lines.append(f"{entry.name}\t{uid}\t{stream.transfer_syntax_uid}{note}")
+        if directory is not None:
+            made.writestr(DICOMDIR, directory.encode())
         text = "\r\n".join((*lines, "")).encode("ascii", "replace")
         made.writestr(README, text)
     yield from sink.taken()
+
+
+def _list(directory: Directory, entry: Entry, head: bytes) -> bool:
+    """Put an object into the directory; False when it lacks what that needs."""
+    try:
+        directory.add(head, entry.name.split("/"), scope=entry.instance.tenant)
+    except MalformedObject:
+        return False
+    return True
 
 
 #: From here on an entry says its size in 64 bits; a deflated one is a little longer.

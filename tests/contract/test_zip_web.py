@@ -11,17 +11,20 @@ import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pydicom
 import pytest
-from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
+from pydicom.fileset import FileSet
+from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, JPEGLSLossless
 
 from pacs.domain.study import ByteStream, StoredInstance
 from pacs.services.retrieve import RetrieveService
-from pacs.web.zip import README, archive, entries
+from pacs.web.zip import DICOMDIR, README, archive, entries
 from storage.kernel.errors import DependencyDown
 from storage.kernel.limits import MIB
 from storage.kernel.types import DEFAULT_TENANT, Actor
+from tests.support import dcmtk
 from tests.support.datasets import ct_slice, dataset_bytes, part10, uid
 from tests.support.dicomweb import TENANT, WebArchive
 from tests.support.wado import (
@@ -32,6 +35,7 @@ from tests.support.wado import (
     STUDY,
     get,
     image,
+    keep,
     wado_archive,
 )
 from tests.support.web import request
@@ -63,8 +67,8 @@ def test_objects_come_in_an_archive(
     assert answer.headers["content-disposition"] == f'attachment; filename="{name}.zip"'
     with zipfile.ZipFile(io.BytesIO(answer.body)) as opened:
         assert opened.testzip() is None
-        *names, last = opened.namelist()
-        assert last == README
+        *names, directory, last = opened.namelist()
+        assert (directory, last) == (DICOMDIR, README)
         assert len(names) == len(set(names)) == count
         for found in names:
             assert re.fullmatch(r"DICOM/ST\d{6}/SE\d{6}/IM\d{6}", found)
@@ -82,7 +86,7 @@ def test_the_archive_is_in_presentation_order(web: WebArchive) -> None:
         found = [
             pydicom.dcmread(io.BytesIO(opened.read(name))).SOPInstanceUID
             for name in opened.namelist()
-            if name != README
+            if name not in {DICOMDIR, README}
         ]
     assert found == [uid(1, s, n) for s in (1, 2) for n in (1, 2, 3)]
 
@@ -107,6 +111,51 @@ def test_others_can_unpack_it(web: WebArchive, tool: str, tmp_path: Path) -> Non
     files = sorted(out.rglob("IM*"))
     assert len(files) == 6
     assert pydicom.dcmread(files[0]).SOPInstanceUID == INSTANCE
+
+
+def test_the_directory_lists_the_objects(
+    web: WebArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its folder for changes, which nobody closes.
+    folder = SimpleNamespace(name=str(tmp_path))
+    monkeypatch.setattr("pydicom.fileset.TemporaryDirectory", lambda *_, **__: folder)
+    saved = tmp_path / "study.zip"
+    saved.write_bytes(get(web, f"/studies/{STUDY}", ZIP).body)
+    with zipfile.ZipFile(saved) as opened:
+        opened.extractall(tmp_path)
+
+    found = FileSet(tmp_path / DICOMDIR)
+
+    assert len(found) == 6
+    assert {one.SOPInstanceUID for one in found} == {
+        uid(1, s, n) for s in (1, 2) for n in (1, 2, 3)
+    }
+    for one in found:
+        assert one.load().SOPInstanceUID == one.SOPInstanceUID
+    assert found.find_values("PatientName") == [ct_slice().PatientName]
+    assert len(found.find(SeriesInstanceUID=SERIES)) == 3
+    checked = dcmtk.run("dcmdump", tmp_path / DICOMDIR, check=True)
+    assert checked.stdout.count("CS [IMAGE]") == 6
+    assert "not in DICOMDIR" not in (tmp_path / README).read_text("ascii")
+
+
+def test_what_cannot_be_listed_is_in_the_archive_all_the_same(web: WebArchive) -> None:
+    # A report without the keys that its record must have (PS3.3 F.5.24).
+    ds = ct_slice(seed=70, PixelData=None, Rows=None, Columns=None, Modality="SR")
+    ds.SOPClassUID = BasicTextSRStorage
+    keep(web, part10(ds))
+    keep(web, part10(ct_slice(seed=70, number=2)))
+
+    answer = get(web, f"/studies/{uid(70)}", ZIP)
+
+    with zipfile.ZipFile(io.BytesIO(answer.body)) as opened:
+        assert len(opened.namelist()) == 4
+        lines = opened.read(README).decode().splitlines()
+        directory = pydicom.dcmread(io.BytesIO(opened.read(DICOMDIR)))
+    (unlisted,) = [line for line in lines if line.endswith("not in DICOMDIR")]
+    assert uid(70, 1, 1) in unlisted
+    kinds = [one.DirectoryRecordType for one in directory.DirectoryRecordSequence]
+    assert kinds == ["PATIENT", "STUDY", "SERIES", "IMAGE"]
 
 
 def test_a_reader_of_streams_needs_no_directory(web: WebArchive) -> None:
