@@ -34,6 +34,9 @@ _BLOCK: Final = 8
 _LEAP: Final = 4
 #: Rays that are followed together: what fits a processor's cache.
 _RAYS: Final = 1 << 14
+#: Share of the light that is lost on the way through the volume: far things are
+#: darker than near ones.
+_DIMMED: Final = 0.65
 #: Samples that add less to a pixel are not lit.
 _LIT: Final = 0.02
 #: Planes of a volume that is made regular.
@@ -62,9 +65,9 @@ PRESETS: Final[Mapping[str, TransferFunction]] = {
     "bone": TransferFunction(
         "HU",
         (
-            (150.0, 0.0, 0.70, 0.45, 0.35),
-            (250.0, 0.15, 0.88, 0.72, 0.55),
-            (450.0, 0.6, 0.97, 0.92, 0.82),
+            (190.0, 0.0, 0.62, 0.36, 0.26),
+            (260.0, 0.08, 0.80, 0.58, 0.42),
+            (400.0, 0.55, 0.95, 0.86, 0.72),
             (1500.0, 0.9, 1.0, 1.0, 0.97),
         ),
     ),
@@ -412,7 +415,9 @@ def _follow(
             strong = np.flatnonzero(weight > _LIT)
             if len(strong):
                 lit[strong] = _lit(field, index[:, shown[strong]], rays, lit[strong])
-            colour[at] += weight[:, None] * lit
+            colour[at] += (weight * np.float32(1 - _DIMMED * n / rays.n_steps))[
+                :, None
+            ] * lit
             through[at] *= 1 - alpha
         alive = alive[through[alive] > 1 - _OPAQUE]
         if not len(alive):

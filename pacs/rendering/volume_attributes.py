@@ -230,6 +230,9 @@ class _Frame:
             number(rescale_in, "00281053"),
             number(rescale_in, "00281052"),
         )
+        # Beyond these no value is left that a picture could show.
+        if abs(slope or 1.0) > 1e9 or abs(intercept or 0.0) > 1e12:
+            return None
         frame_of_reference = text(self.attributes, "00200052")
         return Plane(
             self.index,

@@ -149,8 +149,10 @@ def _frames(
     placed = {plane.frame_number: plane for plane in planes_of(attributes)}
     frame_of_reference = text(attributes, "00200052")
     found = []
-    for number in range(1, (stored.number_of_frames or 1) + 1):
-        own: Attributes = per_frame[number - 1] if number <= len(per_frame) else {}
+    # Bound: as many as there are items; what Number of Frames claims costs nothing.
+    if (stored.number_of_frames or 1) != max(1, len(per_frame)):
+        raise Unsupported("not as many functional groups as frames")
+    for number, own in enumerate(per_frame or [{}], start=1):
         segment = whole(item(own, "0062000A") or item(shared, "0062000A"), "0062000B")
         image, frame = _derived_from(own)
         plane = placed.get(number)

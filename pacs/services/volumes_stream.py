@@ -17,7 +17,12 @@ from pacs.rendering.volume import NotAVolume
 from pacs.rendering.volume_levels import MAX_LEVEL, reduce, reduced_size
 from pacs.services.retrieve import RetrieveService
 from pacs.services.volumes import VolumeService, one_tenant
-from storage.kernel.errors import InvalidParameter, NotFound, TooLarge
+from storage.kernel.errors import (
+    ImagingError,
+    InvalidParameter,
+    NotFound,
+    TooLarge,
+)
 from storage.kernel.types import Actor
 
 Order = Literal["middle-out", "ascending"]
@@ -121,8 +126,6 @@ class SeriesStream:
         numbered = self._numbered(actor, study, series_uid, stored)
         if order == "middle-out":
             numbered = middle_out(numbered)
-        if len(numbered) > MAX_FRAMES:
-            raise TooLarge("frames", MAX_FRAMES)
         attributes = self._attributes(actor, study, series_uid) if level else {}
         names: list[str] = []
         places = []
@@ -183,10 +186,13 @@ class SeriesStream:
     ) -> list[tuple[int, int]]:
         """Return (instance, frame number), along the normal where there is one."""
         at = {one.sop_instance_uid: index for index, one in enumerate(stored)}
+        counts = [self._count(one) for one in stored]
+        if sum(counts) > MAX_FRAMES:
+            raise TooLarge("frames", MAX_FRAMES)
         every = [
             (index, number)
-            for index, one in enumerate(stored)
-            for number in range(1, (one.number_of_frames or 1) + 1)
+            for index, count in enumerate(counts)
+            for number in range(1, count + 1)
         ]
         try:
             facts = self._volumes.describe(actor, study, series_uid)
@@ -199,6 +205,17 @@ class SeriesStream:
         ]
         seen = set(sorted_ones)
         return sorted_ones + [one for one in every if one not in seen]
+
+    def _count(self, stored: StoredInstance) -> int:
+        """Return how many frames there are; claims of more are not believed."""
+        claimed = stored.number_of_frames or 1
+        if claimed <= 1:
+            return 1
+        try:
+            return min(claimed, self._retrieve.frame_count(stored))
+        except ImagingError:
+            # Each will say for itself why it cannot be read.
+            return min(claimed, MAX_FRAMES)
 
     def _attributes(
         self, actor: Actor, study: str, series_uid: str

@@ -377,18 +377,21 @@ def test_an_object_that_cannot_be_read_is_named_and_the_others_come(
     viewing: Viewing, images: list[Dataset]
 ) -> None:
     short = made.segmentation(random_masks(2), images)
-    short.NumberOfFrames = 500
+    short.PixelData = short.PixelData[:2]
+    claims = made.segmentation(random_masks(2), images, series=61)
+    claims.NumberOfFrames = 1_000_000_000
     bad = made.report([made.measurement_group()], series=60)
     shape = made.in_image("POLYLINE", [1, 2], images[0])
     shape.GraphicData = [1.0, 2.0, 3.0]
     bad.ContentSequence[0].ContentSequence[0].ContentSequence = Items([shape])
-    viewing.archive.store_all([short, bad, made.presentation(images[:1])])
+    viewing.archive.store_all([short, claims, bad, made.presentation(images[:1])])
 
     found = document(viewing)
 
     assert [layer["kind"] for layer in found["layers"]] == ["pr", "sr"]
     assert {one["instance"] for one in found["problems"]} == {
         short.SOPInstanceUID,
+        claims.SOPInstanceUID,
         bad.SOPInstanceUID,
     }
 

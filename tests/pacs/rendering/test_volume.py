@@ -214,6 +214,8 @@ def test_attributes_become_a_plane_with_its_rescale() -> None:
         ("00280002", element("US", 3)),
         ("00280004", element("CS", "PALETTE COLOR")),
         ("00280008", element("IS", 5)),
+        ("00281053", element("DS", "1e300")),
+        ("00281052", element("DS", "-1e300")),
     ],
 )
 def test_images_with_impossible_attributes_have_no_place(
