@@ -117,7 +117,7 @@ def test_the_directory_lists_the_objects(
     web: WebArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Its folder for changes, which nobody closes.
-    folder = SimpleNamespace(name=str(tmp_path))
+    folder = SimpleNamespace(name=str(tmp_path), cleanup=lambda: None)
     monkeypatch.setattr("pydicom.fileset.TemporaryDirectory", lambda *_, **__: folder)
     saved = tmp_path / "study.zip"
     saved.write_bytes(get(web, f"/studies/{STUDY}", ZIP).body)
