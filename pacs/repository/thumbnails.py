@@ -42,10 +42,12 @@ class Kept:
 
     Attributes
     ----------
-    series_uid, instance_uid, frame_number
-        The caller looks the instance up for its actor: this says nothing about it.
+    instance_pk, series_uid, instance_uid, frame_number
+        The caller looks the instance up for its actor, and sees that it is this one:
+        the same UIDs can be another institution's.
     """
 
+    instance_pk: int
     series_uid: str
     instance_uid: str
     frame_number: int
@@ -124,6 +126,7 @@ def representative(
     level = STUDY if series_uid is None else SERIES
     query = (
         select(
+            Thumbnail.instance_pk,
             Series.series_instance_uid,
             Instance.sop_instance_uid,
             Thumbnail.frame_number,

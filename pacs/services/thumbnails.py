@@ -93,14 +93,15 @@ class ThumbnailService:
                 connection, actor, study_uid, series_uid, EDITION
             )
         if kept is not None:
+            found: StoredInstance | None
             try:
                 found = self._retrieve.instance(
                     actor, study_uid, kept.series_uid, kept.instance_uid
                 )
             except NotFound:
                 # Deleted just now, or beyond the actor's scope.
-                pass
-            else:
+                found = None
+            if found is not None and found.pk == kept.instance_pk:
                 made = Rendered(JPEG, kept.picture, kept.width, kept.height)
                 return Representative(found, kept.frame_number, made)
         every = self._retrieve.instances(actor, study_uid, series_uid)
