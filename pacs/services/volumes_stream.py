@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import orjson
@@ -15,7 +15,9 @@ from pacs.imaging import syntaxes
 from pacs.imaging.encoders import HTJ2K_LOSSLESS_RPCL, is_encodable
 from pacs.rendering.volume import NotAVolume
 from pacs.rendering.volume_levels import MAX_LEVEL, reduce, reduced_size
+from pacs.services.frames import FrameForm
 from pacs.services.retrieve import RetrieveService
+from pacs.services.sources import ByteSource
 from pacs.services.volumes import VolumeService, one_tenant
 from storage.kernel.errors import (
     ImagingError,
@@ -59,7 +61,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Which frames a series has, in the order they are sent."""
+    """Which frames a series has, in the order they are sent.
+
+    Attributes
+    ----------
+    opened : dict
+        The frames of multi-frame instances that have been looked up, for the next one.
+    """
 
     study: str
     series: str
@@ -70,6 +78,7 @@ class Frames:
     places: tuple[Place, ...]
     form: Form
     level: int
+    opened: dict[int, list[FrameForm]] = field(default_factory=dict)
 
 
 class SeriesStream:
@@ -170,12 +179,24 @@ class SeriesStream:
         target: str | None = frames.syntaxes[place.syntax]
         if target == stored.transfer_syntax_uid:
             target = None
-        source = self._retrieve.open_frame(stored, place.frame_number, target)
+        source = self._opened(frames, place, target)
         if not place.reduced:
             return source.length, source.chunks()
         data = source.read(0, source.length)
         made = _reduced(stored, frames.attributes, data, frames.level)
         return len(made), iter((made,))
+
+    def _opened(self, frames: Frames, place: Place, target: str | None) -> ByteSource:
+        stored, number = frames.stored[place.instance], place.frame_number
+        if (stored.number_of_frames or 1) == 1:
+            return self._retrieve.open_frame(stored, number, target)
+        forms = frames.opened.get(place.instance)
+        if forms is None:
+            # One look at the frame table for all of them, not one for each.
+            numbers = range(1, self._count(stored) + 1)
+            forms = self._retrieve.frame_forms(stored, numbers, target)
+            frames.opened[place.instance] = forms
+        return forms[number - 1].open()
 
     def _numbered(
         self,

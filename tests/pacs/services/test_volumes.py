@@ -20,6 +20,7 @@ from pydicom.uid import ExplicitVRBigEndian
 from pacs.rendering.reslice import Preset
 from pacs.services.volumes import Drawn, PlaneRequest, VolumeService
 from storage.kernel.errors import DependencyDown, NotFound, TooLarge
+from storage.kernel.types import Actor, TenantId
 from tests.support import corpus
 from tests.support.archive import ADMIN, Archive, archive
 from tests.support.datasets import NATIVE_SYNTAXES, part10, uid
@@ -327,6 +328,29 @@ def test_both_stacks_of_an_enhanced_image(stored: Archive) -> None:
             slope = float(rescale.RescaleSlope)
             expected = frames[number - 1] * slope + float(rescale.RescaleIntercept)
             assert np.abs(found[k] - expected).max() <= 0.51 * max(1.0, slope)
+
+
+def test_of_a_study_in_two_institutions_the_own_copy_is_shown(
+    stored: Archive,
+) -> None:
+    """Both are never stacked into one volume."""
+    near, far = TenantId("near"), TenantId("far")
+    roles = ADMIN.roles
+    for tenant, planes_kept in ((near, 4), (far, 6)):
+        owner = Actor(tenant, "modality", roles=roles)
+        stored.store_all(PHANTOM.datasets()[:planes_kept], actor=owner)
+    both = frozenset({near, far})
+
+    counts = {}
+    for tenant, readable in ((near, both), (far, both), (TenantId("third"), both)):
+        actor = Actor(tenant, "doctor", readable=readable, roles=roles)
+        facts = stored.node.views.catalogue.facts(actor, uid(1))
+        counts[tenant] = (facts.tenant, facts.series[0].n_instances)
+
+    assert counts == {near: (near, 4), far: (far, 6), "third": (far, 6)}
+    alone = Actor(TenantId("third"), "doctor", roles=roles)
+    with pytest.raises(NotFound):
+        stored.node.views.catalogue.facts(alone, uid(1))
 
 
 def test_facts_are_json(stored: Archive) -> None:
