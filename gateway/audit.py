@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Protocol
 
 import orjson
 from fastapi import APIRouter, Depends, Query, Response
+from sqlalchemy import select
 
 from gateway.http.api import Asking, Policy
+from pacs.repository.tables import Study
 from pacs.services.policy import Action
 from storage.audit import Outcome
 from storage.audit.search import MAX_PAGE, AuditPage, AuditQuery, as_json
+from storage.db.engine import Database
 from storage.kernel.errors import InvalidParameter
 from storage.kernel.types import Actor
 
 router = APIRouter(tags=["audit"])
 
+#: Studies of one patient that are looked for.
+MAX_STUDIES = 50
 #: RFC 3339, with or without its time; without an offset it is UTC.
 _INSTANT = re.compile(
     r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?(?:Z|[+-]\d\d:\d\d)?)?",
@@ -40,12 +46,50 @@ class Reader(Protocol):
     ) -> AuditPage: ...
 
 
+class Studies(Protocol):
+    """Finds the studies of a patient."""
+
+    def of_patient(self, actor: Actor | None, patient_id: str) -> Sequence[str]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """What this route calls."""
 
     reader: Reader
+    studies: Studies
     policy: Policy
+
+
+class PatientStudies:
+    """The studies of a patient, from the index."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def of_patient(self, actor: Actor | None, patient_id: str) -> Sequence[str]:
+        """Return UIDs of the newest studies with this Patient ID (0010,0020).
+
+        Accesses name studies, and seldom patients. Studies that were deleted are
+        found by their own UID only.
+
+        Parameters
+        ----------
+        actor : Actor or None
+            Whose tenants are looked at; None: all.
+        """
+        if not patient_id:
+            return ()
+        query = (
+            select(Study.study_instance_uid)
+            .where(Study.patient_id == patient_id)
+            .order_by(Study.id.desc())
+            .limit(MAX_STUDIES)
+        )
+        if actor is not None:
+            query = query.where(Study.tenant.in_(actor.tenants))
+        with self._database.read() as connection:
+            return list(dict.fromkeys(connection.scalars(query)))
 
 
 async def services() -> Services:
@@ -73,11 +117,15 @@ def search_audit(
     """Return audit records that match all that is given; newest first.
 
     `since` and `until` are dates or times (RFC 3339, UTC unless they say otherwise);
-    a date as `until` includes its day. `next` is the `cursor` of the following page,
+    a date as `until` includes its day. `patient` finds the accesses to the studies
+    that have this Patient ID now. `next` is the `cursor` of the following page,
     which may come before the page has `limit` records; null: there is none.
     """
     using.policy.require(asking, Action.READ_AUDIT)
-    query = query_of(actor, patient, study, action, outcome, since, until)
+    studies = using.studies.of_patient(asking, patient)
+    query = replace(
+        query_of(actor, patient, study, action, outcome, since, until), studies=studies
+    )
     page = using.reader.search(asking, query, min(limit, MAX_PAGE), cursor)
     body: dict[str, Any] = {
         "records": [as_json(row) for row in page.records],

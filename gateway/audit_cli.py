@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -235,7 +235,7 @@ def search(
     """List records that match all that is given, newest first."""
     import orjson
 
-    from gateway.audit import query_of
+    from gateway.audit import PatientStudies, query_of
     from storage.audit import Outcome
     from storage.audit.search import AuditReader, as_json
 
@@ -245,6 +245,8 @@ def search(
     query = query_of(actor, patient, study, action, wanted, since, until)
     with _opened(data, config) as audit:
         audit.note("audit.search", query.described())
+        studies = PatientStudies(audit.database).of_patient(None, patient)
+        query = replace(query, studies=studies)
         reader, cursor, left = AuditReader(audit.database), None, limit
         while left > 0:
             page = reader.search(None, query, left, cursor)

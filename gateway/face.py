@@ -160,7 +160,11 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             api.current_actor: current_actor,
             api.services: given(services),
             audit_routes.services: given(
-                audit_routes.Services(AuditReader(node.database), node.policy)
+                audit_routes.Services(
+                    AuditReader(node.database),
+                    audit_routes.PatientStudies(node.database),
+                    node.policy,
+                )
             ),
             identity_routes.services: given(
                 identity_routes.Services(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,6 +46,10 @@ class AuditQuery:
 
     Attributes
     ----------
+    patient_id : str
+        Patient ID of the record, or of one of the `studies` it names.
+    studies : sequence of str
+        The studies of that patient: most accesses name only these.
     since_us, until_us : int or None
         The first access of a record is not before, and not after.
     """
@@ -57,6 +61,7 @@ class AuditQuery:
     outcome: Outcome | None = None
     since_us: int | None = None
     until_us: int | None = None
+    studies: Sequence[str] = ()
 
     def described(self) -> dict[str, str | int]:
         """Return the fields that are set: how a search is audited itself."""
@@ -155,6 +160,15 @@ class AuditReader:
         self, actor: Actor | None, query: AuditQuery, cursor: str | None
     ) -> list[Select[Any]]:
         """Return statements whose answers, merged, are the rows to look at."""
+        return [
+            statement
+            for one in _alternatives(query)
+            for statement in self._of_tenants(actor, one, cursor)
+        ]
+
+    def _of_tenants(
+        self, actor: Actor | None, query: AuditQuery, cursor: str | None
+    ) -> list[Select[Any]]:
         statement, is_narrow = self._statement(query, cursor)
         if actor is None:
             return [statement]
@@ -213,6 +227,15 @@ def _unindexed(column: Any) -> Any:
     SQLite knows no statistics here, and would sort what another index has in order.
     """
     return func.coalesce(column, "")
+
+
+def _alternatives(query: AuditQuery) -> Iterator[AuditQuery]:
+    """Yield queries that together find what `query` does, each by one index."""
+    yield query
+    if query.patient_id:
+        for study in query.studies:
+            if query.study_uid in {"", study}:
+                yield replace(query, patient_id="", study_uid=study)
 
 
 def _before(time_us: int, sequence: int) -> Any:

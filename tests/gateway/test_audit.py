@@ -13,6 +13,7 @@ from storage.audit import AuditEvent, Outcome
 from storage.kernel.errors import InvalidParameter
 from storage.kernel.types import TenantId
 from tests.support.accounts import Browser, Site, closed_site, with_identity
+from tests.support.datasets import ct_slice
 
 AUDIT = "/api/v1/audit"
 #: 2026-01-31T08:30:00Z.
@@ -94,6 +95,31 @@ def test_an_auditor_sees_the_own_institution_only(site: Site, auditor: Browser) 
     found = auditor.get(f"{AUDIT}?until=2026-02-01").json()["records"]
 
     assert [record["actor"] for record in found] == ["doctor-2"]
+
+
+def test_a_patient_is_found_by_the_studies_that_accesses_name(
+    site: Site, auditor: Browser
+) -> None:
+    for seed, patient in ((1, "P1"), (2, "P1"), (3, "P2")):
+        ds = ct_slice(seed=seed)
+        ds.PatientID = patient
+        site.store(ds)
+    doctor = site.logged_in("wang", "radiologist")
+    uids = [str(ct_slice(seed=seed).StudyInstanceUID) for seed in (1, 2, 3)]
+    for uid in uids:
+        assert doctor.get(f"/dicom-web/studies/{uid}/metadata").status == 200
+    put(site, 1, patient_id="P1", actor="wang")
+    site.node.audit.flush()
+
+    def found(query: str) -> list[str]:
+        body = auditor.get(f"{AUDIT}?actor=wang&{query}").json()
+        return [one["study_uid"] for one in body["records"] if one["action"] == "get"]
+
+    assert found("patient=P1") == [uids[1], uids[0], ""]
+    assert found("patient=P2") == [uids[2]]
+    assert found(f"patient=P1&study={uids[0]}") == [uids[0]]
+    assert found(f"patient=P2&study={uids[0]}") == []
+    assert found("patient=P3") == []
 
 
 def test_pages_follow_each_other(site: Site, auditor: Browser) -> None:

@@ -79,6 +79,18 @@ class TestFilters:
         assert times(reader, None, **fields) == found
 
 
+@pytest.mark.usefixtures("filled")
+def test_a_patient_is_found_by_the_record_or_by_the_study(reader: AuditReader) -> None:
+    def found(*studies: str, **fields: object) -> list[int]:
+        return times(reader, patient_id="P1", studies=studies, **fields)
+
+    assert found() == [30, 10]
+    assert found("1.1", "1.9") == [40, 30, 10]
+    assert found("1.1", study_uid="1.2") == [30]
+    assert found("1.1", actor="wang") == [40]
+    assert found("1.1", outcome=Outcome.DENY) == [30]
+
+
 class TestTenants:
     @pytest.fixture(autouse=True)
     def _filled(self, trail: AuditTrail) -> None:
