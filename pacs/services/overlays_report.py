@@ -37,6 +37,8 @@ MEASUREMENT_GROUP: Final = ("DCM", "125007")
 TRACKING_ID: Final = ("DCM", "112039")
 TRACKING_UID: Final = ("DCM", "112040")
 FINDING: Final = ("DCM", "121071")
+#: Image Library and its groups (TID 1600, 1601): of the images, not of findings.
+IMAGE_LIBRARIES: Final = frozenset((("DCM", "111028"), ("DCM", "126200")))
 #: Finding Site, in SNOMED CT and in the SNOMED-RT code that older reports have.
 FINDING_SITES: Final = frozenset((("SCT", "363698007"), ("SRT", "G-C0E3")))
 
@@ -83,12 +85,12 @@ class _Tree:
     def walk(self, root: Attributes) -> None:
         """Visit every content item, without recursion, in the order of the tree."""
         group = self._new_group(root)
-        pending: list[tuple[Iterator[Attributes], dict[str, Any]]] = [
-            (items(root, _CONTENT), group)
+        pending: list[tuple[Iterator[Attributes], dict[str, Any], str]] = [
+            (items(root, _CONTENT), group, "CONTAINER")
         ]
         seen = 0
         while pending:
-            children, group = pending[-1]
+            children, group, parent = pending[-1]
             content = next(children, None)
             if content is None:
                 pending.pop()
@@ -97,12 +99,16 @@ class _Tree:
             if seen > MAX_ITEMS or len(pending) > MAX_DEPTH:
                 self._budget.truncated = True
                 return
-            if text(content, _VALUE_TYPE) == "CONTAINER":
-                own = self._new_group(content)
-                pending.append((items(content, _CONTENT), own))
+            kind = text(content, _VALUE_TYPE)
+            if kind == "CONTAINER":
+                if _key(content) not in IMAGE_LIBRARIES:
+                    own = self._new_group(content)
+                    pending.append((items(content, _CONTENT), own, kind))
                 continue
-            self._visit(content, group)
-            pending.append((items(content, _CONTENT), group))
+            # Codes below a number say how it was derived: it has them already.
+            if not (kind == "CODE" and parent == "NUM"):
+                self._visit(content, kind, group)
+            pending.append((items(content, _CONTENT), group, kind))
 
     def _new_group(self, container: Attributes) -> dict[str, Any]:
         group: dict[str, Any] = {
@@ -110,17 +116,22 @@ class _Tree:
             "measurement_group": _key(container) == MEASUREMENT_GROUP,
             "measurements": [],
             "qualities": [],
+            "texts": [],
             "shapes": [],
         }
         self.groups.append(group)
         return group
 
-    def _visit(self, content: Attributes, group: dict[str, Any]) -> None:
-        kind, key = text(content, _VALUE_TYPE), _key(content)
+    def _visit(self, content: Attributes, kind: str, group: dict[str, Any]) -> None:
+        key = _key(content)
         if kind == "TEXT" and key == TRACKING_ID:
             group["tracking_id"] = text(content, "0040A160")
         elif kind == "UIDREF" and key == TRACKING_UID:
             group["tracking_uid"] = text(content, "0040A124")
+        elif kind == "TEXT":
+            group["texts"].append(
+                described(name=_name(content), text=text(content, "0040A160"))
+            )
         elif kind == "CODE":
             self._code(content, key, group)
         elif kind == "NUM":
@@ -158,6 +169,11 @@ class _Tree:
             described(
                 name=_name(content),
                 unit=code(item(measured, "004008EA")),
+                modifiers=[
+                    described(name=_name(one), value=code(item(one, "0040A168")))
+                    for one in items(content, _CONTENT)
+                    if text(one, _VALUE_TYPE) == "CODE"
+                ],
             )
             | {"value": value}
         )

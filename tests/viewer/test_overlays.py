@@ -226,8 +226,21 @@ def test_measurements_come_with_names_units_and_shapes(
             7.25,
             made.code("103339001", "Long axis", "SCT"),
             made.code(MM[0], MM[1], MM[2]),
-            ContentSequence=[made.in_image("POLYLINE", [1.5, 2, 3, 4.25], image)],
+            ContentSequence=[
+                made.content(
+                    "CODE",
+                    made.code("121401", "Derivation"),
+                    ConceptCodeSequence=[made.code("373098007", "Mean", "SCT")],
+                ),
+                made.in_image("POLYLINE", [1.5, 2, 3, 4.25], image),
+            ],
         ),
+        made.content(
+            "CODE",
+            made.code("129719003", "Margin", "SCT"),
+            ConceptCodeSequence=[made.code("129742005", "Spiculated", "SCT")],
+        ),
+        made.content("TEXT", made.code("121106", "Comment"), TextValue="复查 <3 月"),
         made.in_image("ELLIPSE", [0, 1, 4, 1, 2, 0, 2, 2], image),
     )
     viewing.archive.store_all([made.report([group])])
@@ -245,11 +258,33 @@ def test_measurements_come_with_names_units_and_shapes(
     assert measured["value"] == 7.25
     assert measured["name"]["meaning"] == "Long axis"
     assert measured["unit"]["value"] == "mm"
+    assert [one["value"]["meaning"] for one in measured["modifiers"]] == ["Mean"]
+    assert [one["value"]["meaning"] for one in found["qualities"]] == ["Spiculated"]
+    assert [one["text"] for one in found["texts"]] == ["复查 <3 月"]
     line, ellipse = found["shapes"]
     assert line["points"] == [[1.5, 2.0], [3.0, 4.25]]
     assert line["image"] == ellipse["image"] == image.SOPInstanceUID
     assert (line["type"], ellipse["type"]) == ("polyline", "ellipse")
     assert len(ellipse["points"]) == 4
+
+
+def test_what_a_report_says_of_its_images_is_no_measurement(
+    viewing: Viewing, images: list[Dataset]
+) -> None:
+    rows = made.number(
+        5,
+        made.code("110910", "Pixel Data Rows"),
+        made.code("{pixels}", "pixels", "UCUM"),
+    )
+    library = made.content(
+        "CONTAINER",
+        made.code("111028", "Image Library"),
+        ContinuityOfContent="SEPARATE",
+        ContentSequence=[rows],
+    )
+    viewing.archive.store_all([made.report([library])])
+
+    assert one_layer(viewing)["groups"] == []
 
 
 def test_shapes_in_the_patient_are_given_in_the_image_they_lie_in(
