@@ -103,6 +103,31 @@ def test_every_route_answers_as_for_what_does_not_exist(both: Site) -> None:
     assert guest.get(f"{STUDIES}/{uid(THEIRS)}/metadata").status == 200
 
 
+def test_every_route_is_closed_to_other_patients(any_site: Site) -> None:
+    """Also after a doctor has been there, and much is remembered."""
+    any_site.store(ct_slice(seed=OURS))
+    any_site.store(ct_slice(seed=THEIRS))
+    doctor = any_site.logged_in("wang", "radiologist")
+    mine = (PatientKey("default", "", f"PID{OURS}"),)
+    patient = any_site.logged_in("p1", "patient", patients=mine)
+    issued = doctor.post("/api/v1/tickets", {"study": uid(OURS)}).json()
+    guest = any_site.browser()
+    guest.post("/api/v1/tickets/exchange", {"ticket": issued["ticket"]})
+    n_open = 0
+
+    for method, path in routes_about_studies(any_site):
+        if method != "GET":
+            continue
+        for seed in (OURS, THEIRS):
+            n_open += told(doctor, method, path, seed)[0] == 200
+        for scoped in (patient, guest):
+            theirs = told(scoped, method, path, THEIRS)
+            nowhere = told(scoped, method, path, NOWHERE)
+            assert theirs == nowhere, (method, path)
+            assert theirs[0] != 200 or "count" in path, (method, path)
+    assert n_open > 40
+
+
 def test_the_attempts_are_in_the_audit(both: Site) -> None:
     doctor = both.logged_in("wang", "radiologist", "archive_manager")
     study = f"{STUDIES}/{uid(THEIRS)}"
