@@ -20,7 +20,7 @@ from pacs.services.permissions import (
     Relation,
     Relations,
 )
-from storage.kernel.errors import NotAllowed, NotAuthenticated
+from storage.kernel.errors import NotAllowed
 from storage.kernel.types import (
     DEFAULT_TENANT,
     Actor,
@@ -246,18 +246,6 @@ class AccessPolicy:
         if self._open or not peer.host or not peer.host[0].isdigit():
             return True
         return peer.host == address
-
-    def current_user(self) -> Actor:
-        """Return the actor of an HTTP request without credentials.
-
-        Raises
-        ------
-        NotAuthenticated
-            Unless the node is open.
-        """
-        if self._open:
-            return OPEN_ACTOR
-        raise NotAuthenticated("log in first")
 
     def decide(
         self,

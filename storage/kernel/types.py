@@ -51,7 +51,6 @@ class Role(StrEnum):
     MODALITY = "modality"
     SYSTEM = "system"
     OPEN = "open"
-    ADMIN = "open"
 
 
 class Purpose(StrEnum):

@@ -30,7 +30,7 @@ from storage.kernel.types import Actor, Role, TenantId
 from tests.support.dicomweb import NoPeers
 from tests.support.populated import Made, populate
 
-ACTOR = Actor(TenantId("default"), "test", roles=frozenset({Role.ADMIN}))
+ACTOR = Actor(TenantId("default"), "test", roles=frozenset({Role.OPEN}))
 JSON = "application/dicom+json"
 XML = 'multipart/related; type="application/dicom+xml"'
 STUDIES = [

@@ -26,7 +26,7 @@ from tests.support.populated import Made, populate
 from viewer import app as page
 from viewer.activity import ArchiveActivity
 
-ACTOR = Actor(TenantId("default"), "test", roles=frozenset({Role.ADMIN}))
+ACTOR = Actor(TenantId("default"), "test", roles=frozenset({Role.OPEN}))
 MINUTE_US = 60_000_000
 
 

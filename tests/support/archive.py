@@ -38,7 +38,7 @@ from storage.outbox import Event, Relay
 from storage.packs.writer import pack_path
 from tests.support.datasets import part10
 
-ADMIN = Actor(TenantId("default"), "test", roles=frozenset({Role.ADMIN}))
+ADMIN = Actor(TenantId("default"), "test", roles=frozenset({Role.OPEN}))
 #: Short, so that a hanging peer does not hold a test.
 TIMEOUTS = Timeouts(connect=5, acse=5, dimse=5, write=5)
 Follow = Callable[[Enqueue], Callable[[Event], None]]

@@ -110,7 +110,7 @@ class Archive:
 def actor_of(request: Request) -> Actor:
     """Return the actor a test speaks as."""
     tenant = TenantId(request.headers.get(TENANT, DEFAULT_TENANT))
-    return Actor(tenant, "test", roles=frozenset({Role.ADMIN}))
+    return Actor(tenant, "test", roles=frozenset({Role.OPEN}))
 
 
 class NoPeers:

@@ -78,7 +78,7 @@ def admin(tenant: str = "default", *readable: str) -> Actor:
         TenantId(tenant),
         "operator",
         readable=frozenset(map(TenantId, readable)),
-        roles=frozenset({Role.ADMIN}),
+        roles=frozenset({Role.OPEN}),
     )
 
 

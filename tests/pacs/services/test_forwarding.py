@@ -189,7 +189,7 @@ def test_another_tenants_study_with_the_same_uids_stays_its_own(
     node: Archive, forwarding: ForwardingService, sender: MemorySender
 ) -> None:
     node.add_peer("PEER", 104, forward=True, tenant="default")
-    other = Actor(TenantId("other"), "test", roles=frozenset({Role.ADMIN}))
+    other = Actor(TenantId("other"), "test", roles=frozenset({Role.OPEN}))
     node.store_all(a_study(n_instances=3), actor=other)
     node.node.settling.settle(other, STUDY)
     node.store_all(a_study(n_instances=1))
