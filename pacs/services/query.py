@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -14,25 +14,18 @@ from pacs.domain.fragments import merged
 from pacs.domain.matching import (
     BY_TAG,
     LEVELS,
-    MAX_WORDS,
     REQUEST_ATTRIBUTES_SEQUENCE,
     UNIQUE_KEYS,
-    Condition,
-    NameLike,
-    Wildcard,
     conditions,
     has_wildcard,
-    parse_key,
     reaches,
     supported,
-    words,
 )
 from pacs.domain.study import Level, StoredInstance
 from pacs.repository import locate
 from pacs.repository.search import (
     ORDERS,
     Order,
-    Row,
     Selection,
     count,
     first_instances,
@@ -46,6 +39,12 @@ from pacs.services.answers import (
     KEY_FIELDS,
     SearchRequest,
     field_of,
+)
+from pacs.services.study_list import (
+    StudyFilter,
+    StudyList,
+    StudySummary,
+    list_studies,
 )
 from storage.db.engine import Database
 from storage.kernel.errors import (
@@ -118,71 +117,6 @@ class SearchPage:
     def body(self) -> bytes:
         """The rows as a JSON array."""
         return f"[{','.join(self.rows)}]".encode()
-
-
-@dataclass(frozen=True, slots=True)
-class StudyFilter:
-    """What the study list is narrowed to; empty fields do not restrict.
-
-    `text` is searched in names (all groups, pinyin), Patient IDs and Accession
-    Numbers: each of its words must begin one.
-    """
-
-    text: str = ""
-    name: str = ""
-    patient_id: str = ""
-    accession: str = ""
-    date_from: str = ""
-    date_to: str = ""
-    modality: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class StudySummary:
-    """One line of the study list."""
-
-    tenant: str
-    study_instance_uid: str
-    patient_name: str
-    patient_id: str
-    birth_date: str | None
-    sex: str
-    study_date: str | None
-    study_time: str | None
-    accession_number: str
-    study_description: str
-    modalities: tuple[str, ...]
-    n_series: int
-    n_instances: int
-    size_bytes: int
-    updated_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class StudyList:
-    """A page of the study list; `cursor` is empty on the last one."""
-
-    studies: tuple[StudySummary, ...]
-    cursor: str
-
-
-_SUMMARY_FIELDS = (
-    "study.tenant",
-    "study.study_instance_uid",
-    "study.patient_name",
-    "study.patient_id",
-    "study.birth_date",
-    "study.sex",
-    "study.study_date",
-    "study.study_time",
-    "study.accession_number",
-    "study.study_description",
-    "study.modalities",
-    "study.n_series",
-    "study.n_instances",
-    "study.size_bytes",
-    "study.updated_us",
-)
 
 
 class QueryService:
@@ -407,22 +341,10 @@ class QueryService:
         limit: int = 50,
     ) -> StudyList:
         """Return a page of the study list, newest first."""
-        selection = Selection(
-            Level.STUDY,
-            tuple(_filter_conditions(wanted, self._limits)),
-            _SUMMARY_FIELDS,
-            free_words=_words_of("text", wanted.text),
-        )
-        limit = max(1, min(limit, self._limits.query_limit))
-        after = cursors.decode(cursor, selection) if cursor else None
         with self._database.read() as connection:
-            found = page(connection, actor, selection, limit=limit + 1, after=after)
-        more = len(found.rows) > limit
-        last = found.place(limit - 1) if more else None
-        return StudyList(
-            tuple(_summary(row) for row in found.rows[:limit]),
-            cursors.encode(last, selection) if last is not None else "",
-        )
+            return list_studies(
+                connection, actor, wanted, self._limits, cursor=cursor, limit=limit
+            )
 
 
 def _order(level: Level, request: SearchRequest) -> Order | None:
@@ -492,40 +414,3 @@ def _representatives(
         for stored in locate.by_keys(connection, actor, instance_uids=uids)
     }
     return {pk: by_pk[first] for pk, (first, _) in firsts.items() if first in by_pk}
-
-
-def _words_of(name: str, text: str) -> tuple[str, ...]:
-    found = words(text)
-    if len(found) > MAX_WORDS or len(text) > 1024:
-        raise InvalidParameter(name, f"more than {MAX_WORDS} words")
-    return found
-
-
-def _filter_conditions(wanted: StudyFilter, limits: Limits) -> Iterator[Condition]:
-    """Yield what the fields of the study list's search demand."""
-    name = _words_of("name", wanted.name)
-    if name:
-        yield Condition(BY_TAG[0x00100010], NameLike(name))
-    for tag, value in ((0x00100020, wanted.patient_id), (0x00080050, wanted.accession)):
-        begins = value.replace("*", "").replace("?", "").strip(" \0")
-        # Order matters: parsing bounds it and refuses what no text may hold.
-        if begins and parse_key(BY_TAG[tag], begins, limits) is not None:
-            yield Condition(BY_TAG[tag], Wildcard(f"{begins}*", begins))
-    if wanted.date_from or wanted.date_to:
-        span = "-".join(
-            day.strip().replace("-", "") for day in (wanted.date_from, wanted.date_to)
-        )
-        rule = parse_key(BY_TAG[0x00080020], span, limits)
-        if rule is not None:
-            yield Condition(BY_TAG[0x00080020], rule)
-    listed = parse_key(BY_TAG[0x00080061], wanted.modality, limits)
-    if listed is not None:
-        yield Condition(BY_TAG[0x00080061], listed)
-
-
-def _summary(row: Row) -> StudySummary:
-    named = dict(
-        zip((name.partition(".")[2] for name in _SUMMARY_FIELDS), row, strict=True)
-    )
-    named["modalities"] = tuple(filter(None, named["modalities"].split("\\")))
-    return StudySummary(**named)
