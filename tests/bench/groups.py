@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -347,32 +346,35 @@ def retrieve(cache: Path, rounds: int, report: Report) -> None:
 def render(cache: Path, rounds: int, report: Report) -> None:
     """Pictures: frames as JPEG, thumbnails of instances and of a settled series.
 
-    No picture is asked for twice, by a window or a size of its own, but where the row
-    says so: we keep pictures that were made lately, Orthanc does not.
+    No picture is asked for twice, by a quality, window or size of its own, but where
+    the row says so: we keep pictures that were made lately, Orthanc does not.
     """
     ct = files_of(cache, "ct")
     plan = PLANS["ct"]
     study = f"{ROOT}.2000.3000"
     series = f"/dicom-web/studies/{study}/series/{study}.1"
     images = [f"{series}/instances/{study}.1.{n}" for n in range(1, plan.n + 1)]
-    #: Whether pictures repeat, and where both find them; Orthanc has no thumbnails.
-    jobs: list[tuple[str, bool, list[str], str, str]] = [
+    frame = "{}/frames/1/rendered"
+    must = [Target(ORTHANC_NOSYNC, 2, 3)]
+    #: What is asked for, of us and of Orthanc, which has no thumbnails; the targets.
+    jobs: list[tuple[str, list[str], str, str, list[Target]]] = [
         (
-            "Rendered CT frame to JPEG", False, images,
-            "{}/frames/1/rendered?window={},1500,linear",
-            "{}/frames/1/rendered?window={},1500,linear",
+            "Rendered CT frame to JPEG", images,
+            f"{frame}?quality={{}}", f"{frame}?quality={{}}", must,
         ),
         (
-            "Rendered CT frame to JPEG, asked for again", True, images,
-            "{}/frames/1/rendered", "{}/frames/1/rendered",
+            "Rendered CT frame, windows of its own", images,
+            f"{frame}?window=10{{}},1500,linear", f"{frame}?window=10{{}},1500,linear",
+            [],
+        ),
+        ("Rendered CT frame, asked for again", images, frame, frame, must),
+        (
+            "Thumbnail of an instance", images,
+            "{}/thumbnail?viewport=256,10{}", "{}/rendered?viewport=256,10{}", [],
         ),
         (
-            "Thumbnail of an instance", False, images,
-            "{}/thumbnail?viewport=256,{}", "{}/rendered?viewport=256,{}",
-        ),
-        (
-            "Thumbnail of a settled series", True, [series],
-            "{}/thumbnail", "{}/rendered?viewport=256,256",
+            "Thumbnail of a settled series", [series],
+            "{}/thumbnail", "{}/rendered?viewport=256,256", must,
         ),
     ]  # fmt: skip
     with running(
@@ -383,42 +385,50 @@ def render(cache: Path, rounds: int, report: Report) -> None:
         ours = servers[0]
         if isinstance(ours, Huying):
             _wait_for_sealing(ours)
-        counter = itertools.count(1000)
-        for name, again, places, our, their in jobs:
+        for name, places, our, their, targets in jobs:
             for connections in (1, 8):
-
-                def run(
-                    server: Server,
-                    number: int,
-                    connections: int = connections,
-                    forms: tuple[str, str] = (our, their),
-                    places: list[str] = places,
-                    *,
-                    again: bool = again,
-                ) -> Sample:
-                    form = forms[0] if isinstance(server, Huying) else forms[1]
-                    wanted = []
-                    for _ in range(connections):
-                        # Each connection asks for its own, so that none repeats.
-                        values = [0] if again else list(itertools.islice(counter, 8))
-                        wanted.append({
-                            "kind": "http", "port": server.http_port,
-                            "paths": [
-                                form.format(place, value)
-                                for value in values for place in places
-                            ],
-                            "accept": "image/jpeg", "seconds": 1.0, "at_least": 2,
-                        })  # fmt: skip
-                    return clients(server, wanted)
-
+                run = _drawing(places, our, their, connections)
                 unit = "connection" if connections == 1 else "connections"
-                title = f"{name}, {connections} {unit}"
-                must = connections > 1 and name != "Thumbnail of an instance"
-                targets = [Target(ORTHANC_NOSYNC, 2, 3)] if must else []
-                compared = Comparison(title, "pictures", targets)
+                compared = Comparison(
+                    f"{name}, {connections} {unit}",
+                    "pictures",
+                    targets if connections > 1 else [],
+                )
                 for server in servers:
+                    # Every process of a server has its own workers to start.
+                    _drawing(places, our, their, 8)(server, -1)
                     run(server, -1)
                 report(interleaved(compared, servers, run, rounds=rounds))
+
+
+def _drawing(
+    places: Sequence[str], our: str, their: str, connections: int
+) -> Callable[[Server, int], Sample]:
+    """Return a job that asks for pictures; each round has two-digit values of its own.
+
+    The connections share the places, so that no two ask for the same picture.
+    """
+
+    def run(server: Server, number: int) -> Sample:
+        form = our if isinstance(server, Huying) else their
+        first = 50 + 8 * (number + 1)
+        values = (
+            range(first, first + 3) if connections == 1 else range(first + 3, first + 8)
+        )
+        wanted = []
+        for k in range(connections):
+            mine = places[k::connections] or places
+            wanted.append({
+                "kind": "http",
+                "port": server.http_port,
+                "paths": [form.format(place, n) for n in values for place in mine],
+                "accept": "image/jpeg",
+                "seconds": 1.0,
+                "at_least": 2,
+            })  # fmt: skip
+        return clients(server, wanted)
+
+    return run
 
 
 def encode(cache: Path, rounds: int, report: Report) -> None:
