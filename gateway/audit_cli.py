@@ -22,7 +22,7 @@ from storage.kernel.errors import Conflict, InvalidParameter, Unavailable
 if TYPE_CHECKING:
     from storage.audit import AuditEvent, AuditTrail
     from storage.audit.event import Detail
-    from storage.audit.verify import Verification
+    from storage.audit.findings import Verification
     from storage.db.engine import Database
 
 #: Columns of `search` on a terminal: what stands in each, and how wide it is.

@@ -23,8 +23,9 @@ from storage.audit.append import (
 )
 from storage.audit.chain import GENESIS, Head, Keyring
 from storage.audit.event import AuditEvent, detail_text
+from storage.audit.findings import Damage, Verification
 from storage.audit.keys import Memory, Seen
-from storage.audit.verify import ACCEPT, ACCEPTED, Damage, Verification
+from storage.audit.verify import ACCEPT, ACCEPTED
 from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
 from storage.kernel.errors import Conflict, InvalidParameter

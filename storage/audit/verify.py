@@ -25,8 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -36,6 +35,7 @@ from sqlalchemy.exc import OperationalError
 from storage.audit import chain
 from storage.audit.append import as_bytes, as_number, head_of
 from storage.audit.chain import ALGORITHMS, CONTENT, Head, Sealer
+from storage.audit.findings import LISTED, Damage, Verification
 from storage.audit.keys import Memory
 from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
@@ -43,8 +43,6 @@ from storage.kernel.errors import InvalidParameter
 
 #: Records of one read transaction.
 CHUNK = 5000
-#: Findings that are listed; all are counted.
-LISTED = 100
 #: Action of a record that accepts damages, and what in its detail names them.
 ACCEPT = "audit.accept"
 ACCEPTED = "accepted"
@@ -63,103 +61,6 @@ _SEQUENCE = CONTENT.index("sequence")
 _ACTION = CONTENT.index("action")
 _DETAIL = CONTENT.index("detail")
 _N = len(CONTENT)
-
-
-class Damage(StrEnum):
-    """What is wrong with a chain."""
-
-    ALTERED = "altered"
-    MISSING = "missing"
-    MISPLACED = "misplaced"
-    FORGED = "forged"
-    EXTRA = "extra"
-    TRUNCATED = "truncated"
-    ROLLED_BACK = "rolled_back"
-    HEAD = "head"
-    ANCHOR = "anchor"
-    MEMORY = "memory"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One damage.
-
-    Attributes
-    ----------
-    sequence : int
-        The first record it concerns.
-    """
-
-    sequence: int
-    damage: Damage
-    detail: str
-
-    @property
-    def key(self) -> str:
-        """Return what is damaged, and how: the same in every verification."""
-        return f"{self.sequence}:{self.damage}"
-
-    def __str__(self) -> str:
-        return f"record {self.sequence}: {self.damage}: {self.detail}"
-
-
-@dataclass(slots=True)
-class Verification:
-    """What one verification of a chain found.
-
-    Attributes
-    ----------
-    records : int
-        Records looked at.
-    sequence, hash : int, bytes
-        The last of them; to be noted elsewhere.
-    first : Finding or None
-        The one that concerns the earliest record.
-    findings : list of Finding
-        The first `LISTED` that were met.
-    n_findings : int
-    accepted : list of Finding
-        Those that somebody has accepted since (`storage.audit.accept`); they are not
-        among `findings`.
-    unchecked : int
-        Signed records whose contents cannot be checked, because the record before
-        is missing or damaged.
-    """
-
-    stream: str
-    records: int = 0
-    sequence: int = 0
-    hash: bytes = chain.GENESIS
-    first: Finding | None = None
-    findings: list[Finding] = field(default_factory=list)
-    n_findings: int = 0
-    accepted: list[Finding] = field(default_factory=list)
-    unchecked: int = 0
-
-    @property
-    def is_clean(self) -> bool:
-        return not self.n_findings
-
-    def add(self, sequence: int, damage: Damage, detail: str) -> None:
-        """Note one damage."""
-        finding = Finding(sequence, damage, detail)
-        self.n_findings += 1
-        if len(self.findings) < LISTED:
-            self.findings.append(finding)
-        if self.first is None or sequence < self.first.sequence:
-            self.first = finding
-
-    def leave_out(self, accepted: frozenset[str]) -> None:
-        """Move the findings that were accepted where they belong."""
-        if not accepted:
-            return
-        self.accepted = [one for one in self.findings if one.key in accepted]
-        self.findings = [one for one in self.findings if one.key not in accepted]
-        self.n_findings -= len(self.accepted)
-        self.first = min(
-            self.findings, key=lambda finding: finding.sequence, default=None
-        )
 
 
 @dataclass(frozen=True, slots=True)

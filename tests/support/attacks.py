@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection, insert, select, text, update
 
-from storage.audit.verify import Damage
+from storage.audit.findings import Damage
 from storage.db.tables import AuditRecord, AuditStream
 from tests.support.auditing import RECORDS, rechain
 

@@ -11,9 +11,10 @@ from sqlalchemy import Connection, Table, insert, select, text, update
 
 from storage.audit import AuditEvent, AuditTrail
 from storage.audit.chain import CONTENT, canonical, link
+from storage.audit.findings import Verification
 from storage.audit.keys import Memory, keyring
 from storage.audit.trail import STREAM
-from storage.audit.verify import ChainVerifier, Verification
+from storage.audit.verify import ChainVerifier
 from storage.db.engine import Database
 from storage.db.tables import AuditRecord
 

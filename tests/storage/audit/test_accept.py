@@ -9,9 +9,9 @@ from sqlalchemy import text
 
 from storage.audit import AuditEvent, AuditTrail
 from storage.audit.accept import accept
+from storage.audit.findings import Damage, Verification
 from storage.audit.keys import KEY_FILE, Memory, keyring
 from storage.audit.trail import STREAM
-from storage.audit.verify import Damage, Verification
 from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
 from storage.kernel.clock import SystemClock
@@ -152,7 +152,7 @@ def test_after_the_key_was_lost_the_audit_goes_on_with_another(
 def test_more_damages_than_can_be_named_are_not_accepted(
     chain: Database, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.audit.verify.LISTED", 3)
+    monkeypatch.setattr("storage.audit.findings.LISTED", 3)
     with attacking(chain) as connection:
         connection.execute(text("UPDATE audit_record SET actor = 'eve'"))
     found = verified(chain, folder)

@@ -12,9 +12,10 @@ from sqlalchemy import Connection, select, text, update
 from storage.audit import AuditTrail
 from storage.audit.append import head_of
 from storage.audit.chain import Sealer
+from storage.audit.findings import Damage, Verification
 from storage.audit.keys import KEY_FILE, own_key
 from storage.audit.trail import STREAM
-from storage.audit.verify import ChainVerifier, Damage, Verification
+from storage.audit.verify import ChainVerifier
 from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
 from storage.kernel.clock import SystemClock
