@@ -36,10 +36,12 @@ class VolumeSummary:
         Distances from the first plane between which planes are missing.
     tilt : float
         Degrees between `along` and the planes' normal.
-    range : tuple of float
-        Centre and width of the window the images ask for.
     bounds : tuple of Vector
         Least and largest coordinates of the volume's corners.
+    unit : str
+        Of the values: ``HU``, ``BQML`` …; empty: none is known.
+    window : tuple of float or None
+        Centre and width that the images ask for.
     """
 
     size: tuple[int, int, int]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from pacs.domain.attributes import (
     numbers,
     text,
     texts,
-    values,
     whole,
 )
 from pacs.rendering.volume import NotAVolume, Plane
@@ -297,8 +296,3 @@ def is_whole(planes: Sequence[Plane]) -> bool:
         plane.slope == int(plane.slope) and plane.intercept == int(plane.intercept)
         for plane in planes
     )
-
-
-def is_image(attributes: Mapping[str, Any]) -> bool:
-    """Tell whether there are rows of pixels."""
-    return bool(values(attributes, "00280010"))
