@@ -70,7 +70,7 @@ from storage.db.engine import Database
 from storage.jobs.runner import JobRunner, Retry
 from storage.kernel.clock import SystemClock
 from storage.kernel.errors import NotFound, Unavailable
-from storage.kernel.settings import Settings
+from storage.kernel.settings import Settings, is_loopback
 from storage.objects.files import FileObjectStore
 from storage.objects.protocol import ObjectStore
 from storage.outbox import ChangeFeed, Event
@@ -307,13 +307,27 @@ def prepare(settings: Settings) -> None:
     node = open_node(settings)
     try:
         recovery(node).run()
-        if not settings.open and node.identity.accounts.is_empty():
-            log.warning(
-                "nobody can log in yet: run `huying init`",
-                extra={"event": "identity.empty"},
-            )
+        if not settings.open:
+            _warn_of_logins(node)
     finally:
         node.close()
+
+
+def _warn_of_logins(node: Node) -> None:
+    """Say what keeps people from logging in, or from doing so safely."""
+    http = node.settings.http
+    if node.identity.accounts.is_empty():
+        log.warning(
+            "nobody can log in yet: run `huying init`",
+            extra={"event": "identity.empty"},
+        )
+    if not is_loopback(http.host) and not http.external_url.startswith("https://"):
+        log.warning(
+            "passwords may cross the network in the clear: put TLS before %s and name"
+            " its https address in http.external_url",
+            http.host,
+            extra={"event": "identity.clear_text"},
+        )
 
 
 def run_dimse(

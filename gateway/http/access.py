@@ -194,9 +194,16 @@ class Gate:
         )
         rule, names = self._rules.match(method, path)
         login: Login | None = None
+        credential = _Credential()
         try:
-            credential = self._credential(headers)
-            login = await self._authenticate(credential, scope, headers, origin)
+            try:
+                credential = self._credential(headers)
+                login = await self._authenticate(credential, scope, headers, origin)
+            except NotAuthenticated:
+                # An open node takes whoever comes, with whatever he shows.
+                if not self._open:
+                    raise
+                login = OPEN_LOGIN
             if rule is None:
                 self._no_such_route(login, method, path)
             if rule is None or rule.action is None:
@@ -204,7 +211,8 @@ class Gate:
             else:
                 if login is None:
                     raise NotAuthenticated("log in first")
-                self._check_origin(method, headers, credential)
+                if login.session is not None and method not in SAFE:
+                    self._check_origin(headers, credential)
                 actor = self._decide(login, rule)
         except ImagingError as error:
             await self._refuse(error, login, rule, names, scope, headers, origin, send)
@@ -280,10 +288,10 @@ class Gate:
         raise NotFound("no such page")
 
     def _check_origin(
-        self, method: str, headers: Mapping[bytes, bytes], credential: _Credential
+        self, headers: Mapping[bytes, bytes], credential: _Credential
     ) -> None:
         """Refuse what another site's page made a browser send with our cookie."""
-        if method in SAFE or not credential.is_cookie:
+        if not credential.is_cookie:
             return
         if not self._clients.is_same_origin(headers):
             raise NotAllowed("requests of other sites are not accepted")

@@ -71,6 +71,9 @@ class Fields:
             raise InvalidParameter(name, "is missing")
         if not isinstance(value, str) or len(value) > most:
             raise InvalidParameter(name, f"is not a string of at most {most}")
+        if "\0" in value:
+            # No text column of PostgreSQL takes it.
+            raise InvalidParameter(name, "holds a NUL character")
         return value
 
     def number(self, name: str, default: float | None = None) -> float | None:
@@ -91,7 +94,10 @@ class Fields:
         if (
             not isinstance(value, list | tuple)
             or len(value) > MAX_ITEMS
-            or not all(isinstance(one, str) and len(one) <= MAX_TEXT for one in value)
+            or not all(
+                isinstance(one, str) and len(one) <= MAX_TEXT and "\0" not in one
+                for one in value
+            )
         ):
             raise InvalidParameter(
                 name, f"is not a list of at most {MAX_ITEMS} strings"

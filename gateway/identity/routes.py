@@ -33,7 +33,7 @@ pages = APIRouter(tags=["page"])
 AFTER_TICKET = "/"
 MAX_LIMIT = 1000
 
-Name = Annotated[str, Path(max_length=64)]
+Name = Annotated[str, Path(max_length=64, pattern=r"^[0-9A-Za-z._@-]+$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +265,7 @@ async def read_login_page(using: Using) -> Response:
 @router.get("/accounts")
 def list_accounts(
     using: Using,
-    after: Annotated[str, Query(max_length=64)] = "",
+    after: Annotated[str, Query(max_length=64, pattern=r"^[0-9A-Za-z._@-]*$")] = "",
     limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 100,
 ) -> Response:
     """List accounts in order of their names, behind `after`."""

@@ -48,7 +48,9 @@ def account_name(text: str) -> str:
 
 def claimed_name(text: str) -> str:
     """Return what somebody gave as a name, in the form that names are compared in."""
-    return unicodedata.normalize("NFKC", text[:MAX_NAME]).strip().lower()
+    # No text column of PostgreSQL takes a NUL; and no account has one.
+    shown = text[:MAX_NAME].replace("\0", "\ufffd")
+    return unicodedata.normalize("NFKC", shown).strip().lower()
 
 
 def tenant_name(text: str) -> str:
