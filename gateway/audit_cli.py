@@ -8,9 +8,10 @@ from __future__ import annotations
 import getpass
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,8 @@ _COLUMNS = (
     ("count", 5), ("source", 15),
 )  # fmt: skip
 _OBJECT = ("object_kind", "patient_id", "study_uid", "series_uid", "object_id")
+#: Bytes of a line of an export, at most.
+_LINE = 1 << 20
 #: Characters of the hash that is noted for `--noted`, at least.
 _HASH_CHARS = 64
 
@@ -96,15 +99,23 @@ def verify(
         list[str] | None,
         typer.Option(help="A hash that was noted elsewhere.", metavar="SEQUENCE:HASH"),
     ] = None,
+    export_file: Annotated[
+        Path | None,
+        typer.Option("--export", help="An export, instead of all.", metavar="FILE"),
+    ] = None,
     data: Data = None,
     config: Config = None,
 ) -> None:
     """Check the chain of the audit, and name the first record that is not right."""
     from storage.audit.keys import Memory, keyring, load_key
-    from storage.audit.trail import STREAM
+    from storage.audit.trail import FOLDER, STREAM
     from storage.audit.verify import ChainVerifier
 
     known = dict(_noted(one) for one in noted or ())
+    if export_file is not None:
+        folder = settings_for(data, config).data / FOLDER
+        _verify_export(export_file, folder, key or (), known)
+        return
     with _opened(data, config) as audit:
         keys = [*keyring(audit.folder), *(load_key(path) for path in key or ())]
         verifier = ChainVerifier(audit.database, keys)
@@ -113,7 +124,9 @@ def verify(
             with _progress() as progress:
                 done = verifier.verify(
                     stream,
-                    memory=Memory(audit.folder, stream, keys[0]),
+                    memory=Memory(audit.folder, stream, keys[0])
+                    if stream == STREAM
+                    else None,
                     noted=known if stream == STREAM else None,
                     progress=progress,
                 )
@@ -124,6 +137,25 @@ def verify(
             except Unavailable as error:
                 typer.echo(f"this verification was not recorded: {error}", err=True)
     if damaged:
+        raise typer.Exit(1)
+
+
+def _verify_export(
+    path: Path, folder: Path, more: Sequence[Path], noted: Mapping[int, bytes]
+) -> None:
+    """Check a file, with the keys that are here; there need be no node."""
+    from storage.audit.keys import KEY_FILE, keyring, load_key
+    from storage.audit.verify import verify_export
+
+    own = [*keyring(folder)] if (folder / KEY_FILE).exists() else []
+    keys = [*own, *(load_key(one) for one in more)]
+    try:
+        with path.open("rb") as file:
+            done = verify_export(iter(partial(file.readline, _LINE), b""), keys, noted)
+    except OSError as error:
+        raise InvalidParameter("export", f"{path}: {error.strerror}") from error
+    _tell(done)
+    if not done.is_clean:
         raise typer.Exit(1)
 
 
@@ -138,7 +170,9 @@ def _noted(text: str) -> tuple[int, bytes]:
 
 
 def _tell(done: Verification) -> None:
-    typer.echo(f"{done.stream}: {done.records} records")
+    from storage.audit.event import clean
+
+    typer.echo(f"{clean(done.stream, 32)}: {done.records} records")
     for finding in done.accepted:
         typer.echo(f"  accepted before: {finding}")
     if done.is_clean:

@@ -23,7 +23,7 @@ older state of the database *and* of the data folder, put back together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ from sqlalchemy.exc import OperationalError
 from storage.audit import chain
 from storage.audit.append import as_bytes, as_number, head_of
 from storage.audit.chain import ALGORITHMS, CONTENT, Head, Sealer
+from storage.audit.event import clean
 from storage.audit.findings import LISTED, Damage, Verification
 from storage.audit.keys import Memory
 from storage.db.engine import Database
@@ -155,6 +156,49 @@ class ChainVerifier:
         return self._next(connection, stream, sequence, run)
 
 
+def verify_export(
+    lines: Iterable[bytes],
+    keys: Iterable[Sealer],
+    noted: Mapping[int, bytes] | None = None,
+) -> Verification:
+    """Check the lines of an export, as `storage.audit.search.as_line` writes them.
+
+    Whether records after the last line are missing, only a noted hash can tell. The
+    contents of a first line that is not the first record cannot be checked.
+
+    Raises
+    ------
+    InvalidParameter
+        A line is no record.
+    """
+    run = _Run(Verification("export"), {sealer.key_id: sealer for sealer in keys})
+    run.know(None, noted or {})
+    for number, line in enumerate(lines, 1):
+        row = _row_of(line, number)
+        if number == 1:
+            run.begin_after(row[_SEQUENCE] - 1)
+        run.record(row)
+    run.end_alone()
+    return run.done
+
+
+def _row_of(line: bytes, number: int) -> tuple[Any, ...]:
+    try:
+        record = orjson.loads(line)
+        values = {name: record[name] for name in (*CONTENT, "key_id")}
+        digests = [
+            bytes.fromhex(record[name] or "") if record[name] is not None else None
+            for name in ("before", "after", "hash", "mac")
+        ]
+        if not isinstance(values["sequence"], int):
+            raise TypeError
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidParameter("export", f"line {number} is no record") from error
+    values["before"], values["after"], record_hash, mac = digests
+    content = tuple(values[name] for name in CONTENT)
+    return (*content, record_hash, values["key_id"], mac)
+
+
 def _head(connection: Connection, stream: str) -> Any:
     return connection.execute(
         select(AuditStream).where(AuditStream.stream == stream)
@@ -237,7 +281,7 @@ class _Run:
     def _head_problem(self, row: Any, head: Head) -> tuple[Damage, str] | None:
         sealer = self._keys.get(row.key_id)
         if sealer is None:
-            return Damage.UNKNOWN, f"the head is signed with key {row.key_id}, {_HERE}"
+            return Damage.UNKNOWN, _unknown("the head is", row.key_id)
         if not chain.same(sealer.head(head), as_bytes(row.mac)):
             return Damage.HEAD, "the head was changed: its signature does not fit"
         return None
@@ -280,7 +324,7 @@ class _Run:
             self._unknown_key = None
             return chain.same(sealer.record(sequence, stored), mac)
         if key_id != self._unknown_key:
-            detail = f"from here on signed with key {key_id}, {_HERE}"
+            detail = _unknown("from here on", key_id)
             self.done.add(sequence, Damage.UNKNOWN, detail)
             self._unknown_key = key_id
         return None
@@ -380,10 +424,6 @@ class _Run:
             if self._is_signed(anchor):
                 detail = f"an anchor signs record {anchor.sequence}"
                 self.done.add(last + 1, Damage.TRUNCATED, detail)
-        for sequence in sorted(self._points):
-            if sequence > last:
-                detail = f"record {sequence} was written, as is known elsewhere"
-                self.done.add(last + 1, Damage.ROLLED_BACK, detail)
         held = connection.scalar(
             select(func.count())
             .select_from(AuditRecord)
@@ -392,6 +432,22 @@ class _Run:
         if held != self.done.records:
             detail = f"{(held or 0) - self.done.records} records have no number"
             self.done.add(last + 1, Damage.EXTRA, detail)
+        self.end_alone()
+
+    def begin_after(self, sequence: int) -> None:
+        """Begin with a part of the chain, whose first record follows `sequence`."""
+        self._begun = True
+        if sequence > 0:
+            self._base = self._last = sequence
+            self._previous = ()
+            self._is_certain = False
+
+    def end_alone(self) -> None:
+        """Hold the end against what is known from elsewhere."""
+        for sequence in sorted(self._points):
+            if sequence > self._last:
+                detail = f"record {sequence} was written, as is known elsewhere"
+                self.done.add(self._last + 1, Damage.ROLLED_BACK, detail)
         self.done.leave_out(frozenset(self._accepted))
 
     def _end_at_head(self, row: Any) -> None:
@@ -417,7 +473,9 @@ class _Run:
             self.done.add(last, Damage.HEAD, "the head has another hash")
 
 
-_HERE = "which is not here"
+def _unknown(what: str, key_id: Any) -> str:
+    # Whoever changed the database may have put anything there.
+    return f"{what} signed with key {clean(str(key_id), 32)}, which is not here"
 
 
 def _anchors(stream: str) -> Select[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -104,6 +105,115 @@ class TestVerify:
 
         assert isinstance(done.exception, ImagingError)
         assert "db upgrade" in str(done.exception)
+
+    def test_what_an_attacker_named_does_not_reach_the_terminal(
+        self, data: Path
+    ) -> None:
+        attack(
+            data,
+            "UPDATE audit_record SET key_id = char(27) || '[2J' || char(10),"
+            " stream = CASE WHEN sequence = 2 THEN '../' || char(27) ELSE stream END",
+        )
+
+        done = run(data, "verify")
+
+        assert done.exit_code == 1
+        assert "\x1b" not in done.output
+
+
+class TestVerifyExport:
+    @pytest.fixture
+    def export(self, data: Path, tmp_path: Path) -> Path:
+        path = tmp_path / "audit.jsonl"
+        assert run(data, "export", "--output", path).exit_code == 0
+        return path
+
+    def verify(self, data: Path, path: Path, *options: object) -> Result:
+        return run(data, "verify", "--export", path, *options)
+
+    def test_a_whole_one_is_clean(self, data: Path, export: Path) -> None:
+        done = self.verify(data, export)
+
+        assert done.exit_code == 0, done.output
+        assert "export: 7 records" in done.output
+
+    def test_it_needs_the_key_and_no_node(
+        self, data: Path, export: Path, tmp_path: Path
+    ) -> None:
+        elsewhere = tmp_path / "elsewhere"
+
+        done = self.verify(elsewhere, export)
+        assert done.exit_code == 1
+        assert "record 1: unknown" in done.output
+
+        key = data / "audit" / "audit.key"
+        done = self.verify(elsewhere, export, "--key", key)
+        assert done.exit_code == 0, done.output
+        assert not elsewhere.exists()
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda lines: lines[:2] + lines[3:], "record 3: missing"),
+            (lambda lines: [lines[1], lines[0], *lines[2:]], "record 1: extra"),
+            (
+                lambda lines: [line.replace(b"user-4", b"user-5") for line in lines],
+                "record 4: altered",
+            ),
+        ],
+        ids=["deleted", "swapped", "changed"],
+    )
+    def test_a_changed_one_is_told(
+        self,
+        data: Path,
+        export: Path,
+        change: Callable[[list[bytes]], list[bytes]],
+        said: str,
+    ) -> None:
+        lines = export.read_bytes().splitlines(keepends=True)
+        export.write_bytes(b"".join(change(lines)))
+
+        done = self.verify(data, export)
+
+        assert done.exit_code == 1
+        assert f"first {said}" in done.output
+
+    def test_a_shortened_one_is_known_by_a_noted_hash(
+        self, data: Path, export: Path
+    ) -> None:
+        lines = export.read_bytes().splitlines(keepends=True)
+        last = orjson.loads(lines[-1])
+        noted = f"{last['sequence']}:{last['hash']}"
+        export.write_bytes(b"".join(lines[:-2]))
+
+        assert self.verify(data, export).exit_code == 0
+        done = self.verify(data, export, "--noted", noted)
+        assert done.exit_code == 1
+        assert "record 6: rolled_back" in done.output
+
+    def test_a_part_is_clean_but_for_the_contents_of_its_first(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "part.jsonl"
+        run(data, "export", "--output", path, "--first", 3, "--last", 5)
+
+        done = self.verify(data, path)
+
+        assert done.exit_code == 0, done.output
+        assert "3 records" in done.output
+
+    @pytest.mark.parametrize(
+        "line", [b"{}", b"[]", b"no", b"\xff", b'{"sequence":"x"}', b"{" * 99_999]
+    )
+    def test_what_is_no_export_is_told(
+        self, data: Path, export: Path, line: bytes
+    ) -> None:
+        export.write_bytes(export.read_bytes() + line + b"\n")
+
+        done = self.verify(data, export)
+
+        assert isinstance(done.exception, InvalidParameter)
+        assert "line 8" in str(done.exception)
 
 
 class TestSearch:
