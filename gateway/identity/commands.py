@@ -18,8 +18,9 @@ from storage.kernel.errors import InvalidParameter, NotFound
 from storage.kernel.types import DEFAULT_TENANT, Actor, PatientKey, Role
 
 if TYPE_CHECKING:
+    from gateway.identity.grants import TokenRow
     from gateway.identity.recording import Origin
-    from gateway.identity.repository import AccountRow, TokenRow
+    from gateway.identity.repository import AccountRow
 
 user_app = typer.Typer(help="Accounts of people.", no_args_is_help=True)
 token_app = typer.Typer(help="Tokens of machines.", no_args_is_help=True)

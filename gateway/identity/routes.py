@@ -11,8 +11,9 @@ from starlette.concurrency import run_in_threadpool
 from gateway.http.access import access, is_navigation
 from gateway.http.bodies import Fields, json_answer, read_object
 from gateway.http.client import Clients
+from gateway.identity.grants import TokenRow
 from gateway.identity.logins import LoginService
-from gateway.identity.repository import AccountRow, TokenRow
+from gateway.identity.repository import AccountRow
 from gateway.identity.services import AccountService, NewAccount, TokenService
 from gateway.identity.sessions import Login, csrf_of
 from gateway.identity.tickets import (

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import IntegrityError
 
+from gateway.identity import grants
 from gateway.identity import repository as rows
+from gateway.identity.grants import TokenRow
 from gateway.identity.logins import set_password
 from gateway.identity.passwords import Passwords
 from gateway.identity.recording import Origin, Recorder
-from gateway.identity.repository import AccountRow, TokenRow
+from gateway.identity.repository import AccountRow
 from gateway.identity.rules import (
     account_name,
     digest_of,
@@ -388,13 +390,13 @@ class TokenService:
         secret, now_us = TOKEN_PREFIX + new_secret(), self._clock.now_us()
         values = rows.account_values(readable=readable, roles=roles)
         with self._database.write() as connection, _taken(f"token called {name}"):
-            if rows.find_token(connection, name=name) is not None:
+            if grants.find_token(connection, name=name) is not None:
                 raise Conflict(f"there is, or was, a token called {name}")
-            if rows.count_tokens(connection) >= MAX_TOKENS:
+            if grants.count_tokens(connection) >= MAX_TOKENS:
                 raise TooLarge("tokens", MAX_TOKENS)
             for one in (tenant, *readable):
                 rows.add_tenant(connection, one, now_us)
-            rows.add_token(
+            grants.add_token(
                 connection,
                 digest=digest_of(secret),
                 name=name,
@@ -412,13 +414,13 @@ class TokenService:
         self._policy.require(actor, Action.KEEP_TOKENS)
         tenants = None if Role.SYSTEM in actor.roles else actor.tenants
         with self._database.read() as connection:
-            return rows.list_tokens(connection, tenants, MAX_LISTED)
+            return grants.list_tokens(connection, tenants, MAX_LISTED)
 
     def revoke(self, actor: Actor, name: str, origin: Origin) -> None:
         """End a token, and what its tickets have opened."""
         self._policy.require(actor, Action.KEEP_TOKENS)
         with self._database.read() as connection:
-            token = rows.find_token(connection, name=name.strip().lower())
+            token = grants.find_token(connection, name=name.strip().lower())
         resource = None if token is None else Resource(Kind.TOKEN, token.tenant)
         if (
             token is None
@@ -426,7 +428,7 @@ class TokenService:
         ):
             raise NotFound("no such token")
         with self._database.write() as connection:
-            rows.revoke_token(connection, token.id, self._clock.now_us())
+            grants.revoke_token(connection, token.id, self._clock.now_us())
             rows.end_sessions(connection, token_pk=token.id)
         self._sessions.forget()
         self._record(actor, "token.revoke", token.name, origin, sorted(token.roles))

@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from gateway.identity import grants
 from gateway.identity import repository as rows
-from gateway.identity.repository import AccountRow, SessionRow, TicketRow, TokenRow
+from gateway.identity.grants import TicketRow, TokenRow
+from gateway.identity.repository import AccountRow, SessionRow
 from gateway.identity.rules import digest_of, needs_second_factor, new_secret
 from pacs.services.permissions import Action, Relation
 from pacs.services.policy import relations
@@ -124,7 +126,7 @@ class SessionService:
         with self._database.read() as connection:
             session = rows.find_session(connection, digest)
             if session is None:
-                token = rows.find_token(connection, digest=digest)
+                token = grants.find_token(connection, digest=digest)
                 return None if token is None else self._of_token(token, now_us)
             if session.is_over(now_us):
                 return None
@@ -132,7 +134,7 @@ class SessionService:
             if session.account_pk is not None:
                 account = rows.account_by_pk(connection, session.account_pk)
             if session.token_pk is not None:
-                token = rows.find_token(connection, pk=session.token_pk)
+                token = grants.find_token(connection, pk=session.token_pk)
         if session.kind == "login":
             found = None if account is None else self.of_account(account, session)
         else:

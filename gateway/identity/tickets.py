@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from sqlalchemy import select
 
+from gateway.identity import grants
 from gateway.identity import repository as rows
+from gateway.identity.grants import TicketRow
 from gateway.identity.recording import Origin, Recorder
-from gateway.identity.repository import TicketRow
 from gateway.identity.rules import digest_of, new_secret
 from gateway.identity.sessions import Login, SessionService, may_issue
 from pacs.repository import visible
@@ -113,10 +114,10 @@ class TicketService:
         now_us = self._clock.now_us()
         expires_us = now_us + int(self._settings.ticket_seconds * 1e6)
         with self._database.write() as connection:
-            rows.forget_old_tickets(connection, now_us - KEPT_US)
-            if rows.count_tickets(connection, actor.name, now_us) >= MAX_WAITING:
+            grants.forget_old_tickets(connection, now_us - KEPT_US)
+            if grants.count_tickets(connection, actor.name, now_us) >= MAX_WAITING:
                 raise TooLarge("tickets", MAX_WAITING)
-            rows.add_ticket(
+            grants.add_ticket(
                 connection,
                 digest=digest_of(secret),
                 public_id=public_id,
@@ -185,17 +186,17 @@ class TicketService:
         with self._database.write() as connection:
             ticket = None
             if 0 < len(secret) <= MAX_SECRET:
-                ticket = rows.find_ticket(connection, digest_of(secret))
+                ticket = grants.find_ticket(connection, digest_of(secret))
             reason = _reason(ticket, now_us)
             if ticket is not None and not reason:
                 account = token = None
                 if ticket.account_pk is not None:
                     account = rows.account_by_pk(connection, ticket.account_pk)
                 if ticket.token_pk is not None:
-                    token = rows.find_token(connection, pk=ticket.token_pk)
+                    token = grants.find_token(connection, pk=ticket.token_pk)
                 if not may_issue(account, token, now_us):
                     reason = "its issuer may no longer"
-                elif not rows.use_ticket(connection, ticket.id, now_us):
+                elif not grants.use_ticket(connection, ticket.id, now_us):
                     reason = "used before"
             if ticket is not None and not reason:
                 rows.end_old_sessions(connection, now_us)
