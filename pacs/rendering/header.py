@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from math import isfinite
 from typing import TYPE_CHECKING, Final
 
@@ -84,10 +84,6 @@ class Item:
 
     def __contains__(self, tag: int) -> bool:
         return tag in self._values or tag in self._sequences
-
-    def tags(self) -> Iterable[int]:
-        """Return the tags of elements that are no sequences."""
-        return self._values.keys()
 
     def raw(self, tag: int) -> bytes:
         """Return a value's bytes; empty without."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 from PIL import Image, ImageCms
 
 from pacs.rendering.header import Header
-from pacs.rendering.parameters import GIF, JP2, JPEG, PNG
+from pacs.rendering.parameters import JP2, JPEG, PNG
 
 ICC_PROFILE: Final = 0x00282000
 OPTICAL_PATH: Final = 0x00480105
@@ -62,9 +62,6 @@ def encode_animation(pictures: Sequence[Image.Image], milliseconds: int) -> byte
         loop=0,
     )
     return out.getvalue()
-
-
-MEDIA_TYPES: Final = frozenset((*_FORMATS, GIF))
 
 
 def declared_profile(header: Header) -> bytes:

@@ -23,7 +23,7 @@ from pacs.rendering.colour import (
     through_palette,
 )
 from pacs.rendering.geometry import Box, View, pixel_aspect, placement_of
-from pacs.rendering.grayscale import Chain, Voi, chain_of, padding_of
+from pacs.rendering.grayscale import Voi, chain_of, padding_of
 from pacs.rendering.header import Header
 from pacs.rendering.parameters import Wanted
 from pacs.rendering.pixels import Frame
@@ -35,7 +35,6 @@ from pacs.rendering.softcopy import (
     check_applies,
     view_of_state,
 )
-from storage.kernel.errors import Unsupported
 
 Pixels = NDArray[np.uint8]
 
@@ -175,23 +174,3 @@ def frame_milliseconds(header: Header) -> int:
         rate = header.number(0x00082144) or header.number(0x00180040)
         time = 1000 / rate if rate and rate > 0 else None
     return round(min(max(time or 100.0, 20.0), 5000.0))
-
-
-def require_pixels(header: Header) -> None:
-    """Raise unless the object says how many rows and columns its frames have.
-
-    Raises
-    ------
-    Unsupported
-    """
-    if header.whole(0x00280010) < 1 or header.whole(0x00280011) < 1:
-        raise Unsupported("this object has no picture")
-
-
-__all__ = [
-    "Chain",
-    "Subject",
-    "frame_milliseconds",
-    "picture_of",
-    "require_pixels",
-]

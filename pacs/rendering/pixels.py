@@ -33,7 +33,6 @@ FLOAT_PIXELS: Final = 0x7FE00008
 DOUBLE_PIXELS: Final = 0x7FE00009
 #: Two pixels of these share their chrominance: four samples (PS3.3 C.7.6.3.1.2).
 SUBSAMPLED: Final = frozenset(("YBR_FULL_422", "YBR_PARTIAL_422"))
-_SIGNED_16: Final = "<i2"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from pacs.rendering.grayscale import (
     read_presentation,
     read_voi,
 )
-from pacs.rendering.header import Header, Item
+from pacs.rendering.header import Item
 from pacs.rendering.parameters import Window
 from pacs.rendering.pixels import Frame
 from storage.kernel.errors import NotFound, Unsupported
@@ -196,8 +196,3 @@ def layer_grey(state: Item, name: str) -> int:
             if len(words):
                 return int(words[0]) >> 8
     return 255
-
-
-def header_of_state(header: Header) -> bool:
-    """Tell whether an object is a presentation state of any kind."""
-    return header.code(SOP_CLASS).startswith(_STORAGE)
