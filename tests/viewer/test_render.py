@@ -342,7 +342,7 @@ def test_a_client_that_leaves_stops_its_picture(phantom: Viewing) -> None:
 
     # The same process is free again long before the picture could have been done.
     wait_until(lambda: phantom.views.volumes.pids() == pids, "the worker to be free")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 5
     assert phantom.render(AXIAL).status == 200
 
 
@@ -370,7 +370,7 @@ def test_a_flood_is_told_to_come_back_and_holds_nobody_else(phantom: Viewing) ->
 
     for thread in threads:
         thread.join()
-    assert waited < 3
+    assert waited < 5
     assert statuses.count(503) >= 5
     assert statuses.count(200) + statuses.count(503) == len(threads)
 
