@@ -104,12 +104,8 @@ def account_values(
     return values
 
 
-def find_account(
-    connection: Connection, name: str, *, lock: bool = False
-) -> AccountRow | None:
-    """Return the account called `name`; locked until the transaction ends."""
-    query = select(*_ACCOUNT).where(Account.name == name)
-    row = connection.execute(query.with_for_update() if lock else query).first()
+def find_account(connection: Connection, name: str) -> AccountRow | None:
+    row = connection.execute(select(*_ACCOUNT).where(Account.name == name)).first()
     return None if row is None else _account(row)
 
 
