@@ -179,7 +179,7 @@ def test_times_far_away_find_nothing_or_all(auditor: Browser, year: str) -> None
 def test_a_forged_name_is_one_record_that_tells_it(
     site: Site, auditor: Browser
 ) -> None:
-    name = 'eve\n{"action":"login","actor":"root"}\x00\x1b[2J'
+    name = 'eve\n{"action":"login","actor":"root"}\r\x1b[2J\u202e'
     site.browser().log_in(name, "Wrong#horse-7")
 
     [attempt] = [
