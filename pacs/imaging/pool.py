@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -64,8 +64,9 @@ class Job:
         ``package.module:function``, a `pacs.imaging.worker.Handler`.
     arguments : mapping
         Plain JSON values.
-    payloads : sequence of bytes-like
-        What it works on; at most 65,535.
+    payloads : sequence of bytes-like, or callable
+        What it works on; at most 65,535. What is large is read by a callable, once a
+        process is free: else all who wait for one would hold theirs.
     answer_bytes : int
         A longer body is no answer.
     label : str
@@ -74,7 +75,7 @@ class Job:
 
     handler: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    payloads: Sequence[Buffer] = ()
+    payloads: Sequence[Buffer] | Callable[[], Sequence[Buffer]] = ()
     answer_bytes: int = 256 * MIB
     label: str = "job"
 
@@ -158,7 +159,10 @@ class WorkerPool:
     def ask(self, job: Job) -> Answer:
         """Do a job as `run` does, but do not count it."""
         with self._process() as process:
-            outcome, head, body = process.ask(job, self._limits.decode_seconds)
+            payloads = job.payloads() if callable(job.payloads) else job.payloads
+            outcome, head, body = process.ask(
+                job, payloads, self._limits.decode_seconds
+            )
             if outcome == worker.NO_MEMORY:
                 raise TooLarge("decode_bytes", self._limits.decode_bytes)
             if outcome == worker.REFUSED:
@@ -346,7 +350,9 @@ class _Process:
     def is_alive(self) -> bool:
         return self._popen.poll() is None
 
-    def ask(self, job: Job, seconds: float) -> tuple[int, dict[str, Any], bytes]:
+    def ask(
+        self, job: Job, payloads: Sequence[Buffer], seconds: float
+    ) -> tuple[int, dict[str, Any], bytes]:
         """Send a job and return outcome, head and body of the answer.
 
         Raises
@@ -361,18 +367,18 @@ class _Process:
             self._fresh = False
         deadline = time.monotonic() + seconds
         name, arguments = job.handler.encode(), orjson.dumps(dict(job.arguments))
-        lengths = [worker.LENGTH.pack(len(payload)) for payload in job.payloads]
-        shared = sum(map(len, job.payloads)) <= worker.SHARED_BYTES
+        lengths = [worker.LENGTH.pack(len(payload)) for payload in payloads]
+        shared = sum(map(len, payloads)) <= worker.SHARED_BYTES
         head = worker.REQUEST.pack(
             alarm, len(name), len(arguments), len(lengths), shared
         )
         front = b"".join((head, *lengths, name, arguments))
         if shared:
             self._shared.seek(0)
-            for payload in job.payloads:
+            for payload in payloads:
                 self._shared.write(payload)
         try:
-            for part in (front,) if shared else (front, *job.payloads):
+            for part in (front,) if shared else (front, *payloads):
                 self._socket.settimeout(_left(deadline))
                 self._socket.sendall(part)
             outcome, n_head, n_body = worker.ANSWER.unpack(

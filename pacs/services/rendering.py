@@ -18,8 +18,9 @@ from pacs.domain.study import StoredInstance
 from pacs.imaging import syntaxes
 from pacs.imaging.pool import Job, WorkerPool
 from pacs.rendering.parameters import GIF, Wanted
+from pacs.services.frames import StoredPixels
 from pacs.services.retrieve import RetrieveService
-from storage.kernel.errors import NotFound, Unsupported
+from storage.kernel.errors import NotFound, TooLarge, Unsupported
 from storage.kernel.limits import MIB
 from storage.kernel.types import Actor
 
@@ -32,6 +33,10 @@ KEY_OBJECT_SELECTION: Final = f"{_STORAGE}88.59"
 ENCAPSULATED_PDF: Final = f"{_STORAGE}104.1"
 #: Documents that are text once rendered are bounded by their own bytes, times this.
 _TEXT_FACTOR: Final = 16
+#: Bytes of attributes; those of five thousand frames take a few million.
+MAX_HEADER: Final = 64 * MIB
+#: Stored bytes of an animation for each pixel it may have.
+_STORED_FACTOR: Final = 4
 #: References of a state or selection that are looked for.
 MAX_LOOKED_FOR: Final = 50
 
@@ -190,7 +195,7 @@ class RenderService:
         state: StoredInstance | None,
     ) -> Rendered:
         limits = self._retrieve.limits
-        pixels = self._retrieve.pixels(instance)
+        pixels = self._pixels(instance)
         arguments = {
             "wanted": wanted.arguments(),
             "indexes": [number - 1 for number in numbers],
@@ -202,12 +207,21 @@ class RenderService:
             "key": instance.digest.hex(),
             "max_bytes": limits.inflated_bytes,
         }
-        payloads = [pixels.header]
+        states: list[bytes] = []
         if state is not None:
-            shown_by = self._retrieve.pixels(state)
+            shown_by = self._pixels(state)
             arguments["state_syntax"] = shown_by.header_syntax
-            payloads.append(shown_by.header)
-        payloads += map(pixels.read_frame, numbers)
+            states.append(shown_by.header)
+        # Bound: frames of an animation together, before one of them is read.
+        stored = sum(
+            length for number in numbers for _, length in pixels.table.ranges(number)
+        )
+        if len(numbers) > 1 and stored > _STORED_FACTOR * limits.rendered_pixels:
+            raise TooLarge("rendered_pixels", limits.rendered_pixels)
+
+        def payloads() -> list[bytes]:
+            return [pixels.header, *states, *map(pixels.read_frame, numbers)]
+
         # A file is never longer than its pixels and their colours, and some markers.
         most = MIB + 4 * limits.rendered_pixels
         answer = self._workers.run(
@@ -222,6 +236,18 @@ class RenderService:
             tuple(map(str, head["warnings"])),
         )
 
+    def _pixels(self, instance: StoredInstance) -> StoredPixels:
+        """Return what an instance is rendered from.
+
+        Raises
+        ------
+        Unsupported
+            It has attributes beyond what is looked at for a picture or page.
+        """
+        if instance.header_end - instance.dataset_offset > MAX_HEADER:
+            raise Unsupported("its attributes are too long to be rendered")
+        return self._retrieve.pixels(instance)
+
     def document(self, instance: StoredInstance, media_type: str) -> bytes:
         """Return a structured document as text/html or text/plain, in UTF-8.
 
@@ -229,7 +255,7 @@ class RenderService:
         ------
         MalformedObject, Unsupported, TooLarge, DependencyDown
         """
-        pixels = self._retrieve.pixels(instance)
+        pixels = self._pixels(instance)
         job = Job(
             DOCUMENT,
             {"syntax": pixels.header_syntax, "media_type": media_type},
@@ -256,7 +282,7 @@ class RenderService:
         NotFound
             None of its images is here.
         """
-        pixels = self._retrieve.pixels(state)
+        pixels = self._pixels(state)
         job = Job(
             REFERENCED,
             {"syntax": pixels.header_syntax},

@@ -216,7 +216,13 @@ def _fits(asked: RenderContext, found: StoredInstance, count: int) -> bool:
     if viewport is not None:
         shown = Viewport.parse(viewport, limits.rendered_pixels)
         pixels = shown.width * shown.height
-    return count <= limits.frames_list and count * pixels <= limits.rendered_pixels
+    stored = (found.rows or 0) * (found.columns or 0) * (found.samples or 1)
+    # Frames are read as they are stored, whatever size is asked for.
+    return (
+        count <= limits.frames_list
+        and count * pixels <= limits.rendered_pixels
+        and count * stored <= limits.rendered_pixels
+    )
 
 
 def _picture(

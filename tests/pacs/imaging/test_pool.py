@@ -112,6 +112,28 @@ def test_an_answer_longer_than_expected_is_not_read(pool: WorkerPool) -> None:
     assert pool.run(Job("handlers:talk", answer_bytes=1000)).body == bytes(1000)
 
 
+def test_what_waits_for_a_process_holds_no_payload(pool: WorkerPool) -> None:
+    free: list[int] = []
+
+    def payloads() -> tuple[bytes]:
+        free.append(len(pool.pids()))
+        return (b"read when it is my turn",)
+
+    pool.run(Job("handlers:joined"))
+    answer = pool.run(Job("handlers:joined", {}, payloads))
+
+    assert answer.body == b"read when it is my turn"
+    # The only process had been taken before the payload was read.
+    assert free == [0]
+
+    def gone() -> tuple[bytes]:
+        raise NotFound("deleted meanwhile")
+
+    with pytest.raises(NotFound):
+        pool.run(Job("handlers:joined", {}, gone))
+    assert len(pool.pids()) == 1
+
+
 def test_a_handler_that_is_not_there_is_an_error_of_the_job(pool: WorkerPool) -> None:
     with pytest.raises(MalformedObject, match="ModuleNotFoundError"):
         pool.run(Job("nowhere:nothing"))

@@ -12,10 +12,11 @@ from pydicom.dataset import Dataset
 from sqlalchemy import func, select
 
 from pacs.imaging.pool import Answer, Job
-from pacs.rendering.parameters import JPEG, PNG, Wanted, Window
+from pacs.rendering.parameters import GIF, JPEG, PNG, Viewport, Wanted, Window
 from pacs.repository.tables import Thumbnail
 from pacs.services.rendering import KEY_OBJECT_SELECTION, RenderService
-from storage.kernel.errors import Unsupported
+from storage.kernel.errors import TooLarge, Unsupported
+from storage.kernel.limits import Limits
 from storage.kernel.types import DEFAULT_TENANT, Actor, TenantId
 from tests.support.datasets import a_study, ct_slice, part10, uid
 from tests.support.dicomweb import Archive, WebArchive
@@ -112,7 +113,43 @@ def test_only_the_wanted_frame_is_read(
     render.picture(found, [4321], Wanted(PNG))
 
     assert sum(read) < 256 + 4096
-    assert bytes(workers.jobs[0].payloads[1]) == bytes([4320 % 251]) * 256
+    job = workers.jobs[0]
+    payloads = job.payloads() if callable(job.payloads) else job.payloads
+    assert bytes(payloads[1]) == bytes([4320 % 251]) * 256
+
+
+def test_an_animation_is_bounded_before_a_frame_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = Archive(tmp_path, Limits(rendered_pixels=2048))
+    ds = ct_slice(seed=2, size=16, NumberOfFrames=40, PixelData=bytes(40 * 512))
+    store(archive, ds)
+    (found,) = archive.retrieve.instances(ACTOR, uid(2))
+    render, workers = service(archive)
+    small = Wanted(GIF, viewport=Viewport(2, 2))
+
+    assert render.picture(found, range(1, 17), small).media_type == GIF
+    with pytest.raises(TooLarge) as caught:
+        render.picture(found, range(1, 18), small)
+
+    assert caught.value.limit == "rendered_pixels"
+    assert len(workers.jobs) == 1
+    archive.close()
+
+
+def test_attributes_that_are_too_long_are_not_read(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(archive, ct_slice(seed=1))
+    (found,) = archive.retrieve.instances(ACTOR, uid(1))
+    monkeypatch.setattr("pacs.services.rendering.MAX_HEADER", 100)
+    for ask in (
+        lambda: archive.render.picture(found, [1], Wanted(PNG)),
+        lambda: archive.render.document(found, "text/html"),
+        lambda: archive.render.target(ACTOR, found),
+    ):
+        with pytest.raises(Unsupported):
+            ask()
 
 
 def test_the_largest_series_of_images_stands_for_a_study(archive: Archive) -> None:
