@@ -29,6 +29,7 @@ def configure(settings: Log) -> None:
         else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
     shared: list[structlog.typing.Processor] = [
+        _keep_sentence,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
@@ -54,15 +55,23 @@ def configure(settings: Log) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def _keep_sentence(
+    _logger: Any, _name: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Keep what the line says, arguments filled in, before `extra` names its event."""
+    event["message"] = event.get("event")
+    return event
+
+
 def _process(
     _logger: Any, _name: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    """Add the process, and the sentence when the line's own event has a name."""
+    """Add the process; drop the sentence when the line's event has no other name."""
     record = event.get("_record")
     if record is not None:
         event["pid"] = record.process
-        if event.get("event") != record.getMessage():
-            event["message"] = record.getMessage()
+    if event.get("message") == event.get("event"):
+        event.pop("message", None)
     return event
 
 

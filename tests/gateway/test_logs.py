@@ -41,6 +41,17 @@ def test_extra_fields_become_members(written: io.StringIO) -> None:
     assert line["timestamp"].endswith("Z")
 
 
+def test_arguments_are_in_the_sentence(written: io.StringIO) -> None:
+    logger = logging.getLogger("pacs.test")
+    logger.warning("job waits: %s", "no answer", extra={"event": "job.waits"})
+    logger.warning("%d packs", 3)
+
+    first, second = map(json.loads, written.getvalue().splitlines())
+    assert (first["event"], first["message"]) == ("job.waits", "job waits: no answer")
+    assert second["event"] == "3 packs"
+    assert "message" not in second
+
+
 def test_what_a_foreign_exception_says_is_not_written(written: io.StringIO) -> None:
     try:
         raise ValueError("Zhang^San 19620508")
