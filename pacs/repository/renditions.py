@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, and_, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
-from pacs.repository.tables import Instance, InstanceRendition, Rendition, Series
+from pacs.repository.tables import (
+    Deletion,
+    Instance,
+    InstanceRendition,
+    Rendition,
+    Series,
+)
 
 #: Rows of one statement.
 CHUNK = 500
@@ -15,12 +21,36 @@ CHUNK = 500
 
 @dataclass(frozen=True, slots=True)
 class RenditionRow:
-    """One rendition as the index knows it."""
+    """One rendition as the index knows it.
+
+    Attributes
+    ----------
+    n_instances, n_left : int
+        Those it was made of, and those of them that are still there.
+    """
 
     pk: int
     key: str
-    transfer_syntax_uid: str
     n_instances: int
+    n_left: int
+    created_us: int
+
+    def is_broken(self, unfinished_before_us: int) -> bool:
+        """Tell whether an instance has gone, or it never got finished."""
+        if self.n_instances:
+            return self.n_left != self.n_instances
+        return self.created_us < unfinished_before_us
+
+
+_ROWS = select(
+    Rendition.id,
+    Rendition.key,
+    Rendition.n_instances,
+    select(func.count())
+    .where(InstanceRendition.rendition_pk == Rendition.id)
+    .scalar_subquery(),
+    Rendition.created_us,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,30 +172,37 @@ def series_of(connection: Connection, tenant: str, study_pk: int) -> list[str]:
     )
 
 
-def broken(
-    connection: Connection, *, unfinished_before_us: int, limit: int
-) -> list[RenditionRow]:
-    """Return renditions that an instance has gone from, or that never got finished."""
-    left = (
-        select(func.count())
-        .where(InstanceRendition.rendition_pk == Rendition.id)
-        .scalar_subquery()
-    )
-    finished = Rendition.n_instances > 0
+def series_deleted_from(
+    connection: Connection, after_pk: int, limit: int
+) -> tuple[set[tuple[str, str]], int]:
+    """Return (tenant, series) of the deletions behind a row key, and the last key.
+
+    Content that was replaced counts as deleted.
+    """
     rows = connection.execute(
-        select(
-            Rendition.id,
-            Rendition.key,
-            Rendition.transfer_syntax_uid,
-            Rendition.n_instances,
-        )
-        .where(
-            and_(finished, left != Rendition.n_instances)
-            | and_(~finished, Rendition.created_us < unfinished_before_us)
-        )
+        select(Deletion.id, Deletion.tenant, Deletion.series_instance_uid)
+        .where(Deletion.id > after_pk)
+        .order_by(Deletion.id)
         .limit(limit)
+    ).all()
+    last = rows[-1][0] if rows else after_pk
+    return {(row[1], row[2]) for row in rows}, int(last)
+
+
+def of_series(
+    connection: Connection, tenant: str, series_uid: str
+) -> list[RenditionRow]:
+    """Return the renditions of a series."""
+    query = _ROWS.where(
+        Rendition.tenant == tenant, Rendition.series_instance_uid == series_uid
     )
-    return [RenditionRow(*row) for row in rows]
+    return [RenditionRow(*row) for row in connection.execute(query)]
+
+
+def after(connection: Connection, pk: int, limit: int) -> list[RenditionRow]:
+    """Return a few renditions behind a row key, in order."""
+    query = _ROWS.where(Rendition.id > pk).order_by(Rendition.id).limit(limit)
+    return [RenditionRow(*row) for row in connection.execute(query)]
 
 
 def detach(connection: Connection, pk: int) -> None:

@@ -214,6 +214,8 @@ class Rendition(Base):
     sha256: Mapped[bytes | None] = mapped_column(LargeBinary(32))
     created_us: Mapped[int] = mapped_column(BigInteger)
 
+    __table_args__ = (Index("ix_rendition_series", "tenant", "series_instance_uid"),)
+
 
 class InstanceRendition(Base):
     """Where the frames of an instance are in a rendition.

@@ -67,8 +67,9 @@ SYNTAXES: Final = frozenset((HTJ2K_LOSSLESS, HTJ2K_LOSSLESS_RPCL))
 #: After which a rendition that was being made counts as abandoned.
 ABANDONED_US: Final = 86_400_000_000
 PREFIX: Final = ".rendition-"
-#: Renditions that one tick removes.
-REMOVED: Final = 50
+#: Deletions, and renditions beside them, that one tick looks at.
+DELETIONS: Final = 2000
+LOOKED_AT: Final = 20
 _NO_SPACE: Final = frozenset((28, 122, 27))  # ENOSPC, EDQUOT, EFBIG
 
 
@@ -176,6 +177,8 @@ class Renditions:
         self._clock = clock
         self._folder = folder
         self._threads = threads
+        self._after = 0
+        self._after_deletion = 0
 
     def follow(self, event: Event, jobs: Jobs) -> None:
         """Ask for a job for each series of the study with something to encode."""
@@ -245,15 +248,29 @@ class Renditions:
         return done
 
     def tick(self) -> int:
-        """Remove a few renditions that nobody may read any more; return how many."""
+        """Remove a few renditions that nobody may read any more; return how many.
+
+        Looks at the series of new deletions, and at a few more renditions each time:
+        work that was killed is found there, and what a deletion left behind.
+        """
         before_us = self._clock.now_us() - ABANDONED_US
         with self._database.read() as connection:
-            found = rows.broken(
-                connection, unfinished_before_us=before_us, limit=REMOVED
+            series, deletion = rows.series_deleted_from(
+                connection, self._after_deletion, DELETIONS
             )
-        for one in found:
-            self._remove(one.pk, one.key)
-        return len(found)
+            found = [
+                one
+                for tenant, series_uid in series
+                for one in rows.of_series(connection, tenant, series_uid)
+            ]
+            walked = rows.after(connection, self._after, LOOKED_AT)
+        broken = {one.pk: one.key for one in found + walked if one.is_broken(before_us)}
+        for pk, key in broken.items():
+            self._remove(pk, key)
+        self._after_deletion = deletion
+        # From the last one on it begins again.
+        self._after = walked[-1].pk if len(walked) == LOOKED_AT else 0
+        return len(broken)
 
     def _instances(
         self, tenant: str, study_uid: str, series_uid: str

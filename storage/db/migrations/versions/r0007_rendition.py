@@ -36,6 +36,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_rendition")),
         sa.UniqueConstraint("key", name=op.f("uq_rendition_key")),
     )
+    op.create_index(
+        "ix_rendition_series",
+        "rendition",
+        ["tenant", "series_instance_uid"],
+        unique=False,
+    )
     op.create_table(
         "instance_rendition",
         sa.Column("instance_pk", BIG_ID, nullable=False),
