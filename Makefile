@@ -25,7 +25,7 @@ PYTEST ?=
 # One group of the benchmark: make bench BENCH=cstore
 BENCH ?=
 
-.PHONY: help setup system run test check bench docs lock clean
+.PHONY: help setup system run test lint check bench docs lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -56,10 +56,12 @@ run: setup ## start a node on loopback with studies to look at
 test: setup system ## run every test
 	$(BIN)/python -m pytest $(PYTEST)
 
-check: setup ## format, lint, types, architecture and the quick tests
+lint: setup ## format, lint, types
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy .
+
+check: lint ## lint, and the quick tests, architecture among them
 	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST)
 
 bench: SYSTEM_PACKAGES := $(PEERS)
