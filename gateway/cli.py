@@ -20,7 +20,18 @@ import typer
 from gateway.audit_cli import audit_app
 from gateway.dicom_cli import add_commands as add_dicom_commands
 from gateway.identity.commands import add_commands as add_identity_commands
-from gateway.options import Aet, Config, Data, Dimse, Http, Open, opened, settings_for
+from gateway.options import (
+    Aet,
+    Config,
+    Data,
+    Dimse,
+    Http,
+    NoNode,
+    Open,
+    opened,
+    require_node,
+    settings_for,
+)
 from storage.kernel.errors import Conflict, ImagingError, InvalidParameter
 from storage.kernel.settings import Settings
 
@@ -55,12 +66,15 @@ def main() -> None:
         app()
     except ImagingError as error:
         typer.echo(f"huying: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, NoNode) else 1)
 
 
 def _run(settings: Settings, *kinds: Kind) -> None:
     from gateway import supervisor
 
+    if kinds:
+        # A part of a node makes none; on another host its folder may be new.
+        require_node(settings, folder=False)
     chosen = frozenset(kinds) or supervisor.ALL_KINDS
     raise typer.Exit(supervisor.serve(settings, kinds=chosen))
 
@@ -134,7 +148,7 @@ def import_command(
     Works beside a running node on the same data folder, and without one.
     """
     settings = settings_for(data, config)
-    with opened(settings) as node:
+    with opened(settings, make=True) as node:
         summary = _import(node, paths, tenant)
     print_summary(summary)
     if not summary.ok:
@@ -244,11 +258,14 @@ def verify(
 def _rebuild(settings: Settings) -> None:
     """Rebuild the index; nobody else may work in the folder meanwhile."""
     from gateway import supervisor
+    from gateway.app import pack_folder
     from pacs.services.rebuild import Rebuilder
 
+    if not pack_folder(settings).is_dir():
+        require_node(settings)
     with (
         supervisor.data_lock(settings.data),
-        opened(settings) as node,
+        opened(settings, make=True) as node,
         _progress("rebuilding") as progress,
     ):
         done = Rebuilder(
@@ -337,7 +354,7 @@ def _fill(settings: Settings, corpus: Path) -> None:
         )
         studies.write_studies(folder)
         paths = [folder]
-    with opened(settings) as node:
+    with opened(settings, make=True) as node:
         summary = _import(node, paths)
     print_summary(summary)
     for line in try_it(settings, studies.example_file(paths)):
@@ -415,7 +432,10 @@ def db_upgrade(*, data: Data = None, config: Config = None) -> None:
     """Bring the index to this version's schema."""
     from storage.db import migrate
 
-    typer.echo(migrate.upgrade(settings_for(data, config).database_url()))
+    settings = settings_for(data, config)
+    if settings.embedded:
+        require_node(settings)
+    typer.echo(migrate.upgrade(settings.database_url()))
 
 
 @db_app.command("current")
@@ -423,7 +443,10 @@ def db_current(*, data: Data = None, config: Config = None) -> None:
     """Print the revision of the index."""
     from storage.db import migrate
 
-    typer.echo(migrate.current(settings_for(data, config).database_url()) or "none")
+    settings = settings_for(data, config)
+    if settings.embedded:
+        require_node(settings)
+    typer.echo(migrate.current(settings.database_url()) or "none")
 
 
 @db_app.command("check")
@@ -437,7 +460,10 @@ def db_check(*, data: Data = None, config: Config = None) -> None:
         import_module(tables)  # registers them
     from storage.db import migrate
 
-    url = settings_for(data, config).database_url()
+    settings = settings_for(data, config)
+    if settings.embedded:
+        require_node(settings)
+    url = settings.database_url()
     migrate.require_current(url)
     differences = migrate.check(url)
     for line in differences:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from importlib import import_module
 from pathlib import Path
 
 from gateway import supervisor
+from gateway.options import NoNode, require_node
 from storage.db import migrate
-from storage.kernel.errors import Conflict, ImagingError
+from storage.kernel.errors import Conflict, ImagingError, Unavailable
 from storage.kernel.limits import GIB
 from storage.kernel.settings import Settings
 from storage.objects.protocol import ObjectStore
@@ -60,6 +62,8 @@ def examine(
         "packages": _packages,
         "codecs": _codecs,
         "data": _data,
+        "node": _node,
+        "files": _files,
         "space": _space,
         "ports": _ports,
         "tls": _tls,
@@ -128,6 +132,34 @@ def _data(settings: Settings) -> str:
     except OSError as error:
         return f"data: {existing} cannot be written ({error.strerror})"
     return ""
+
+
+def _node(settings: Settings) -> str:
+    try:
+        require_node(settings)
+    except NoNode as error:
+        return str(error)
+    except Unavailable:
+        # The database's own line says so.
+        return ""
+    return ""
+
+
+def _files(settings: Settings) -> str:
+    """Others of this machine may read neither the folder nor, through it, an index."""
+    folder = settings.data
+    if not folder.is_dir() or not folder.stat().st_mode & stat.S_IRWXO:
+        return ""
+    open_ones = [
+        path.name
+        for path in (*folder.glob("*.db"), *folder.glob("*.db-*"))
+        if path.stat().st_mode & stat.S_IRWXO
+    ]
+    command = " ".join(
+        [f"chmod o-rwx {folder}", *(str(folder / name) for name in sorted(open_ones))]
+    )
+    what = f"; {', '.join(sorted(open_ones))} too" if open_ones else ""
+    return f"others may look into {folder}, which holds patients{what}: {command}"
 
 
 def _space(settings: Settings) -> str:

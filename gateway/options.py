@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from storage.kernel.errors import InvalidParameter
+from storage.kernel.errors import InvalidParameter, NotFound
 from storage.kernel.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -79,13 +79,48 @@ def settings_for(
     return load_settings(config, overrides=tree)
 
 
-@contextmanager
-def opened(settings: Settings) -> Iterator[Node]:
-    """Yield the services of this process; the index is brought up to date first."""
-    from gateway import app as composition
+class NoNode(NotFound):
+    """There is no node where a command looks for one; ends it with status 2."""
+
+    code = "node.missing"
+
+
+def require_node(settings: Settings, *, folder: bool = True) -> None:
+    """Raise NoNode where nothing has made a node yet; makes no folder and no file.
+
+    Parameters
+    ----------
+    folder : bool
+        The data folder must be there too, when the index lies elsewhere.
+    """
     from storage.db import migrate
 
-    settings.data.mkdir(parents=True, exist_ok=True)
+    is_here = settings.data.is_dir() or not (folder or settings.embedded)
+    if not is_here or migrate.current(settings.database_url()) is None:
+        raise NoNode(f"no node in {settings.data}: run huying init")
+
+
+@contextmanager
+def opened(settings: Settings, *, make: bool = False) -> Iterator[Node]:
+    """Yield the services of this process; the index is brought up to date first.
+
+    Parameters
+    ----------
+    make : bool
+        Make the node where there is none.
+
+    Raises
+    ------
+    NoNode
+    """
+    from gateway import app as composition
+    from storage.db import migrate
+    from storage.db.engine import FOLDER_MODE
+
+    if make:
+        settings.data.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    else:
+        require_node(settings)
     migrate.upgrade(settings.database_url())
     node = composition.open_node(settings)
     try:

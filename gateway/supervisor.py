@@ -30,6 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, Protocol
 
 from gateway import logs
+from storage.db.engine import FOLDER_MODE
 from storage.kernel.errors import Conflict, ImagingError, InvalidParameter
 from storage.kernel.limits import MIB
 from storage.kernel.settings import Settings
@@ -288,7 +289,7 @@ def data_lock(folder: Path, kinds: Iterable[Kind] = ALL_KINDS) -> Iterator[None]
 
 def _lock_file(folder: Path, name: str, *, alone: bool) -> int:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise InvalidParameter("data", f"{folder}: {error.strerror}") from error

@@ -57,7 +57,7 @@ def init(
     """Make the database and the first administrator; print his password, once."""
     from gateway.identity.services import NewAccount
 
-    with opened(settings_for(data, config)) as node:
+    with opened(settings_for(data, config), make=True) as node:
         password = node.identity.accounts.add(
             _operator(),
             NewAccount(admin, tenant, FIRST_ROLES, "first administrator"),

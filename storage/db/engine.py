@@ -17,7 +17,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from storage.kernel.errors import DependencyDown, LostRace, StorageFull
 BUSY_TIMEOUT_MS = 30_000
 #: The worker checkpoints; this is only the fallback while it is down.
 WAL_AUTOCHECKPOINT_PAGES = 25_000
+#: Names, birth dates and hashes of passwords are for the node and its group only.
+FOLDER_MODE = 0o750
+FILE_MODE = 0o640
 
 
 class Database:
@@ -58,7 +61,7 @@ class Database:
         self._ingest_connection: Connection | None = None
         if self.is_sqlite:
             path = Path(parsed.database or "")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(path)
             self._lock_path = path.with_suffix(".lock")
             self._reader = self._sqlite("DEFERRED", "FULL", pool_size)
             self._writer = self._sqlite("IMMEDIATE", "FULL", 1)
@@ -259,6 +262,21 @@ def _translated() -> Iterator[None]:
 
 def _is_full(detail: str) -> bool:
     return "database or disk is full" in detail or "No space left" in detail
+
+
+def make_private(path: Path) -> None:
+    """Make an SQLite file that only its owner and group may read, and its folder.
+
+    What is there already stays as it is. SQLite takes an empty file for a new
+    database, and gives ``-wal`` and ``-shm`` the mode of the file they belong to: so
+    none of them is ever open to others.
+    """
+    path.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    # Never opens a file that is there: closing it would drop the locks that SQLite
+    # holds on it in this process. What else is wrong, SQLite says when it opens it.
+    with suppress(OSError):
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        os.close(os.open(path, flags, FILE_MODE))
 
 
 def parse_url(url: str) -> URL:

@@ -22,7 +22,7 @@ from sqlalchemy import Connection, Engine, event, inspect, text
 from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 
 from storage.db.base import Base
-from storage.db.engine import BUSY_TIMEOUT_MS, one_off, parse_url
+from storage.db.engine import BUSY_TIMEOUT_MS, make_private, one_off, parse_url
 from storage.kernel.errors import (
     Conflict,
     CorruptData,
@@ -161,7 +161,7 @@ def _engine(url: str) -> Engine:
             "database.url", "is not sqlite:///FILE or postgresql://..."
         ) from error
     if engine.dialect.name == "sqlite":
-        Path(engine.url.database or "").parent.mkdir(parents=True, exist_ok=True)
+        make_private(Path(engine.url.database or ""))
 
         @event.listens_for(engine, "connect")
         def _configure(connection: sqlite3.Connection, _record: object) -> None:

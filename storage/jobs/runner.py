@@ -25,7 +25,7 @@ from typing import Any
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 
-from storage.db.engine import Database, parse_url
+from storage.db.engine import Database, make_private, parse_url
 from storage.kernel.errors import (
     Conflict,
     DependencyDown,
@@ -433,7 +433,7 @@ def _ask(url: URL) -> None:
 
 def _use_wal(path: Path) -> None:
     """Set the journal mode, which stays with the file; dbos does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path)
     connection = sqlite3.connect(path, timeout=30)
     try:
         connection.execute("PRAGMA journal_mode=WAL")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,12 @@ from typer.testing import CliRunner, Result
 
 from gateway import cli, supervisor
 from gateway.importer import ImportSummary, Rejected
-from gateway.options import address, settings_for
+from gateway.options import NoNode, address, require_node, settings_for
 from gateway.reference import settings_reference
 from storage.db import migrate
 from storage.kernel.errors import InvalidParameter
 from storage.kernel.settings import Settings, known_keys
+from tests.support import postgres as postgresql
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,10 +98,86 @@ def test_open_is_refused_beyond_loopback(tmp_path: Path) -> None:
         settings_for(tmp_path, None, http="0.0.0.0:8080", open_access=True)
 
 
+COMMANDS = (
+    "user list", "user disable nobody", "token list", "peer list",
+    "peer add CT1 10.0.0.1 104", "peer remove CT1", "echo CT1", "send CT1 1.2.3",
+    "verify", "verify --rebuild-index", "db current", "db check", "db upgrade",
+    "web", "dimse", "worker",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_without_a_node_is_refused_and_not_made(
+    tmp_path: Path, command: str
+) -> None:
+    done = run(*command.split(), "--data", tmp_path / "typo")
+
+    assert isinstance(done.exception, NoNode)
+    assert str(done.exception) == f"no node in {tmp_path / 'typo'}: run huying init"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_no_node_and_stays_empty(tmp_path: Path) -> None:
+    assert isinstance(run("user", "list", "--data", tmp_path).exception, NoNode)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_node_ends_with_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "typo")
+    monkeypatch.setattr("sys.argv", ["huying", "user", "list", "--data", folder])
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"huying: no node in {folder}: run huying init\n"
+
+
+def test_another_host_needs_the_database_only(
+    tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "new"
+    with postgresql.empty_database(postgres) as url:
+        monkeypatch.setenv("HUYING_DATABASE__URL", url)
+        settings = settings_for(folder, None)
+
+        with pytest.raises(NoNode):
+            require_node(settings, folder=False)
+        assert run("db", "upgrade", "--data", folder).output == f"{migrate.head()}\n"
+        require_node(settings, folder=False)
+        with pytest.raises(NoNode):
+            require_node(settings)
+        assert isinstance(run("user", "list", "--data", folder).exception, NoNode)
+    assert not folder.exists()
+
+
+def test_what_a_node_makes_is_not_for_others(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        data = stored(tmp_path)
+    finally:
+        os.umask(umask)
+
+    assert stat.S_IMODE(data.stat().st_mode) == 0o750
+    assert stat.S_IMODE((data / "index.db").stat().st_mode) == 0o640
+
+
+def test_a_folder_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    data.chmod(0o755)
+
+    stored(tmp_path)
+
+    assert stat.S_IMODE(data.stat().st_mode) == 0o755
+
+
 def test_db_commands(tmp_path: Path) -> None:
-    assert run("db", "current", "--data", tmp_path).output == "none\n"
-    assert run("db", "upgrade", "--data", tmp_path).output == f"{migrate.head()}\n"
+    migrate.upgrade(settings_for(tmp_path, None).database_url())
     assert run("db", "current", "--data", tmp_path).output == f"{migrate.head()}\n"
+    assert run("db", "upgrade", "--data", tmp_path).output == f"{migrate.head()}\n"
     checked = run("db", "check", "--data", tmp_path)
     assert (checked.exit_code, checked.output) == (
         0,

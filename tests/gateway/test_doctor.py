@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import sqlite3
+import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,37 @@ def problems(configured: Settings) -> dict[str, str]:
     }
 
 
-def test_a_fresh_folder_is_healthy_and_stays_empty(tmp_path: Path) -> None:
-    assert problems(settings(tmp_path / "new")) == {}
+def with_node(configured: Settings) -> Settings:
+    migrate.upgrade(configured.database_url())
+    return configured
+
+
+def test_a_new_node_is_healthy(tmp_path: Path) -> None:
+    assert problems(with_node(settings(tmp_path / "new"))) == {}
+
+
+def test_a_folder_without_a_node_is_named_and_stays_empty(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+
+    assert problems(settings(folder)) == {
+        "node": f"no node in {folder}: run huying init"
+    }
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_others_may_read_is_named_with_what_to_do(tmp_path: Path) -> None:
+    configured = with_node(settings(tmp_path / "data"))
+    configured.data.chmod(0o755)
+    index = configured.data / "index.db"
+    index.chmod(0o644)
+
+    found = problems(configured)
+
+    assert list(found) == ["files"]
+    assert "index.db too" in found["files"]
+    subprocess.run(found["files"].partition(": ")[2].split(), check=True)
+    assert problems(configured) == {}
+    assert stat.S_IMODE(index.stat().st_mode) == 0o640
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
@@ -63,7 +93,7 @@ def test_too_little_space_is_named(tmp_path: Path) -> None:
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        found = problems(settings(tmp_path, dimse={"port": port}))
+        found = problems(with_node(settings(tmp_path, dimse={"port": port})))
     assert found == {
         "ports": f"dimse: port {port} of 127.0.0.1 is in use by another program"
     }
@@ -104,7 +134,7 @@ def test_tls_without_its_files_is_named(
 
 
 def test_an_object_store_that_is_down_is_named(tmp_path: Path) -> None:
-    configured = settings(tmp_path, objects={"kind": "s3"})
+    configured = with_node(settings(tmp_path, objects={"kind": "s3"}))
 
     assert problems(configured) == {"objects": "object store: connection refused"}
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from gateway import cli
 from gateway.identity.recording import Origin
 from gateway.options import opened
+from storage.db import migrate
 from storage.kernel.errors import Conflict, InvalidParameter, NotFound
 from storage.kernel.settings import Settings
 from tests.support.accounts import CHEAP
@@ -55,7 +56,10 @@ class Shell:
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    return Shell(tmp_path / "data")
+    """Return what runs commands on a node without accounts."""
+    folder = tmp_path / "data"
+    migrate.upgrade(Settings(data=folder).database_url())
+    return Shell(folder)
 
 
 def password_in(output: str) -> str:
@@ -64,7 +68,8 @@ def password_in(output: str) -> str:
     return found[1]
 
 
-def test_the_first_start_makes_an_administrator_once(shell: Shell) -> None:
+def test_the_first_start_makes_an_administrator_once(tmp_path: Path) -> None:
+    shell = Shell(tmp_path / "data")
     output = shell("init")
     password = password_in(output)
 
