@@ -175,7 +175,8 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
                     clients=clients,
                     cookie=cookie,
                     external_url=base.configured,
-                    login_page=login_page(200),
+                    login_page=login_page(200, settings.identity.min_length),
+                    policy=node.policy,
                 )
             ),
             health.readiness: given(looking),
@@ -198,7 +199,7 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             "cookie": cookie.name,
             "open_access": settings.open,
             "basic": settings.identity.basic,
-            "login_page": login_page(401),
+            "login_page": login_page(401, settings.identity.min_length),
         },
     )
 

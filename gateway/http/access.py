@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 from urllib.parse import parse_qsl
 
@@ -41,6 +42,8 @@ from storage.kernel.types import Actor, Role
 log = logging.getLogger(__name__)
 
 CSRF_HEADER = b"x-csrf-token"
+#: What a page sends along where it asks by itself: that is no use of the session.
+BACKGROUND_HEADER = b"x-background"
 SAFE = frozenset(("GET", "HEAD", "OPTIONS"))
 #: Paths whose clients may use HTTP Basic, where that is switched on.
 BASIC_PATHS = ("/dicom-web/", "/wado")
@@ -60,8 +63,10 @@ _OBJECTS = ("name", "title", "transaction")
 class Sessions(Protocol):
     """Finds who has a session or a token."""
 
-    def remembered(self, secret: str) -> tuple[bool, Login | None]: ...
-    def find(self, secret: str) -> Login | None: ...
+    def remembered(
+        self, secret: str, *, background: bool
+    ) -> tuple[bool, Login | None]: ...
+    def find(self, secret: str, *, background: bool) -> Login | None: ...
 
 
 class BasicLogins(Protocol):
@@ -269,9 +274,11 @@ class Gate:
                 self._logins.basic, *credential.basic, origin
             )
         if credential.secret:
-            known, login = self._sessions.remembered(credential.secret)
+            secret, background = credential.secret, BACKGROUND_HEADER in headers
+            known, login = self._sessions.remembered(secret, background=background)
             if not known:
-                login = await to_thread.run_sync(self._sessions.find, credential.secret)
+                find = partial(self._sessions.find, secret, background=background)
+                login = await to_thread.run_sync(find)
             if login is not None:
                 return login
             if not credential.is_cookie and scope["path"] != "/metrics":

@@ -21,6 +21,7 @@ from gateway.identity.repository import AccountRow
 from gateway.identity.rules import (
     LockRule,
     PasswordRule,
+    WeakPassword,
     claimed_name,
     lock_subjects,
     new_totp_secret,
@@ -33,7 +34,6 @@ from storage.kernel.clock import Clock
 from storage.kernel.errors import (
     CodeNeeded,
     Conflict,
-    InvalidParameter,
     NotAllowed,
     NotAuthenticated,
     TooManyAttempts,
@@ -267,7 +267,7 @@ class LoginService:
         ------
         NotAuthenticated, TooManyAttempts
             The present password is wrong.
-        InvalidParameter
+        WeakPassword
             The new one breaks a rule, or was had before.
         """
         _pk(login)
@@ -304,7 +304,7 @@ class LoginService:
         if self._settings.password_history:
             before.insert(0, account.password_hash)
         if any(self.passwords.verify(one, wanted) for one in before):
-            raise InvalidParameter("password", "was used before")
+            raise WeakPassword("used", "was used before")
         return self.passwords.hash(wanted)
 
     def begin_totp(self, login: Login, origin: Origin) -> TotpSetup:

@@ -12,9 +12,16 @@ from fastapi import Response
 HTML = "text/html; charset=utf-8"
 
 
-def login_page(status: int) -> Response:
-    """Return the page; 401 where it stands in for another one."""
+def login_page(status: int, min_length: int) -> Response:
+    """Return the page; 401 where it stands in for another one.
+
+    Parameters
+    ----------
+    min_length : int
+        Of passwords, as the page says before one types one.
+    """
     text = (resources.files("gateway.identity.page") / "login.html").read_text("utf-8")
+    text = text.replace("{{min_length}}", str(min_length))
     policy = (
         f"default-src 'none'; script-src {_hashes('script', text)};"
         f" style-src {_hashes('style', text)}; connect-src 'self'; img-src data:;"

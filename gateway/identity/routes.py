@@ -22,6 +22,8 @@ from gateway.identity.tickets import (
     patients_of,
     studies_of,
 )
+from pacs.services.permissions import Action
+from pacs.services.policy import AccessPolicy
 from storage.kernel.errors import InvalidParameter, NotAllowed, NotAuthenticated
 from storage.kernel.types import Actor, PatientKey
 
@@ -86,6 +88,8 @@ class Services:
     ----------
     login_page : Response
         For everybody.
+    policy : AccessPolicy
+        Tells pages what they need not offer.
     """
 
     logins: LoginService
@@ -96,6 +100,7 @@ class Services:
     cookie: CookieForm
     external_url: str
     login_page: Response
+    policy: AccessPolicy
 
 
 async def services() -> Services:
@@ -142,10 +147,14 @@ async def log_out(using: Using) -> Response:
 
 
 @router.get("/me")
-def read_me() -> Response:
-    """Say who asks, what is to be done first, and the token against forged requests."""
-    here = access()
-    return json_answer(_described(_logged_in(), here.cookie))
+def read_me(using: Using) -> Response:
+    """Say who asks, what is to be done first, and the token against forged requests.
+
+    `may` lists the actions that are allowed at all, so that a page offers no others.
+    """
+    here, login = access(), _logged_in()
+    may = sorted(one for one in Action if using.policy.may(login.actor, one))
+    return json_answer({**_described(login, here.cookie), "may": may})
 
 
 @router.post("/me/password")
@@ -237,22 +246,31 @@ async def launch(
     using: Using,
     ticket: Annotated[str, Query(max_length=128)] = "",
 ) -> Response:
-    """Exchange a launch ticket in the address for a session, and go on without it."""
+    """Exchange a launch ticket in the address for a session, and go on without it.
+
+    A ticket that is spent leads on too where the present session sees what it named.
+    """
     headers = {"Cache-Control": "no-store", "Location": AFTER_TICKET}
     response = Response(status_code=303, headers=headers)
-    if ticket and request.method == "GET":
-        try:
-            secret, login = await run_in_threadpool(
-                using.tickets.exchange, ticket, access().origin
-            )
-        except NotAuthenticated:
-            if not is_navigation(dict(request.scope["headers"])):
-                raise
-            page = using.login_page
-            return Response(page.body, status_code=401, headers=dict(page.headers))
-        using.cookie.set_on(response, secret, login)
-    elif access().actor is None:
-        raise NotAuthenticated("log in first, or come with a ticket")
+    here = access()
+    try:
+        if not ticket or request.method != "GET":
+            if here.actor is None:
+                raise NotAuthenticated("log in first, or come with a ticket")
+            return response
+        if here.actor is not None and await run_in_threadpool(
+            using.tickets.is_spent_on, here.actor, ticket
+        ):
+            return response
+        secret, login = await run_in_threadpool(
+            using.tickets.exchange, ticket, here.origin
+        )
+    except NotAuthenticated:
+        if not is_navigation(dict(request.scope["headers"])):
+            raise
+        page = using.login_page
+        return Response(page.body, status_code=401, headers=dict(page.headers))
+    using.cookie.set_on(response, secret, login)
     return response
 
 

@@ -92,6 +92,24 @@ def roles_of(names: Iterable[str]) -> frozenset[Role]:
     return frozenset(found)
 
 
+class WeakPassword(InvalidParameter):
+    """A password breaks a rule.
+
+    Attributes
+    ----------
+    rule : str
+        ``short``, ``long``, ``classes``, ``name``, ``common`` or ``used``. It ends
+        the code, so that pages can say it in their own language.
+    """
+
+    code = "input.password"
+
+    def __init__(self, rule: str, detail: str) -> None:
+        super().__init__("password", detail)
+        self.rule = rule
+        self.code = f"input.password.{rule}"
+
+
 @dataclass(frozen=True, slots=True)
 class PasswordRule:
     """What a password must be (compliance A-02).
@@ -109,23 +127,23 @@ class PasswordRule:
 
         Raises
         ------
-        InvalidParameter
+        WeakPassword
             Says what is missing, never the password.
         """
         if len(password) < self.min_length:
-            raise InvalidParameter("password", f"at least {self.min_length} characters")
+            raise WeakPassword("short", f"at least {self.min_length} characters")
         if len(password) > MAX_PASSWORD:
-            raise InvalidParameter("password", f"at most {MAX_PASSWORD} characters")
+            raise WeakPassword("long", f"at most {MAX_PASSWORD} characters")
         if _classes(password) < 3:
-            raise InvalidParameter(
-                "password", "three of: small letters, capital letters, digits, others"
+            raise WeakPassword(
+                "classes", "three of: small letters, capital letters, digits, others"
             )
         lowered = password.lower()
         if name and name in lowered:
-            raise InvalidParameter("password", "must not contain the account's name")
+            raise WeakPassword("name", "must not contain the account's name")
         letters = lowered.strip(string.digits + string.punctuation + " ")
         if lowered in _common() or letters in _common() or len(set(lowered)) < 5:
-            raise InvalidParameter("password", "too common")
+            raise WeakPassword("common", "too common")
 
 
 def _classes(password: str) -> int:

@@ -2,6 +2,9 @@
 
 Look-ups are remembered for a few seconds, because one page asks for many frames. What
 ends here, ends at once in this process, and within `CACHE_SECONDS` in the others.
+
+What a page asks for by itself while nobody is there (`background`) keeps no session
+alive: an unattended screen is logged out (compliance A-03).
 """
 
 from __future__ import annotations
@@ -59,6 +62,23 @@ class Login:
     session: SessionRow | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A look-up that is remembered.
+
+    Attributes
+    ----------
+    until : float
+        On the monotonic clock.
+    is_due : bool
+        The next use of the session has to be written.
+    """
+
+    until: float
+    login: Login
+    is_due: bool
+
+
 class SessionService:
     """Open, find and end sessions; find tokens.
 
@@ -84,36 +104,58 @@ class SessionService:
         self._settings = settings
         self._monotonic = monotonic
         self._lock = threading.Lock()
-        self._cache: dict[bytes, tuple[float, Login | None]] = {}
+        self._cache: dict[bytes, _Held] = {}
         self._epoch = 0
 
-    def remembered(self, secret: str) -> tuple[bool, Login | None]:
+    def remembered(
+        self, secret: str, *, background: bool = False
+    ) -> tuple[bool, Login | None]:
         """Tell whether the answer to `find` is known without asking, and it."""
-        held = self._cache.get(digest_of(secret))
-        if held is None or held[0] <= self._monotonic():
-            return False, None
-        return True, held[1]
+        held = self._held(digest_of(secret), background=background)
+        return held is not None, None if held is None else held.login
 
-    def find(self, secret: str) -> Login | None:
-        """Return who has the session or token `secret`; None: nobody any more."""
+    def find(self, secret: str, *, background: bool = False) -> Login | None:
+        """Return who has the session or token `secret`; None: nobody any more.
+
+        Parameters
+        ----------
+        background : bool
+            The request is no use of the session, which it does not extend.
+        """
         digest = digest_of(secret)
-        held = self._cache.get(digest)
-        if held is not None and held[0] > self._monotonic():
-            return held[1]
+        held = self._held(digest, background=background)
+        if held is not None:
+            return held.login
         epoch = self._epoch
-        found = self._look_up(digest)
-        if found is not None:
-            self._remember(digest, found, epoch)
+        found, is_due = self._look_up(digest)
+        if found is None:
+            return None
+        if is_due and not background and found.session is not None:
+            with self._database.write() as connection:
+                rows.touch_session(connection, found.session.id, self._clock.now_us())
+            is_due = False
+        self._remember(digest, found, epoch, is_due=is_due)
         return found
 
-    def _remember(self, digest: bytes, found: Login, epoch: int) -> None:
+    def _held(self, digest: bytes, *, background: bool) -> _Held | None:
+        """Return what is remembered, if it is fresh, and serves this request."""
+        held = self._cache.get(digest)
+        if held is None or held.until <= self._monotonic():
+            return None
+        # A background request left the session as it was: the next use extends it.
+        return None if held.is_due and not background else held
+
+    def _remember(
+        self, digest: bytes, found: Login, epoch: int, *, is_due: bool
+    ) -> None:
         with self._lock:
             # Order matters: what was read before something ended is not kept.
             if epoch != self._epoch:
                 return
             if len(self._cache) >= MAX_CACHED:
                 self._cache.clear()
-            self._cache[digest] = (self._monotonic() + CACHE_SECONDS, found)
+            until = self._monotonic() + CACHE_SECONDS
+            self._cache[digest] = _Held(until, found, is_due)
 
     def forget(self) -> None:
         """Look everybody up anew: somebody's rights have changed."""
@@ -121,15 +163,16 @@ class SessionService:
             self._epoch += 1
             self._cache.clear()
 
-    def _look_up(self, digest: bytes) -> Login | None:
+    def _look_up(self, digest: bytes) -> tuple[Login | None, bool]:
+        """Return who it is, and whether the use of the session is to be written."""
         now_us = self._clock.now_us()
         with self._database.read() as connection:
             session = rows.find_session(connection, digest)
             if session is None:
                 token = grants.find_token(connection, digest=digest)
-                return None if token is None else self._of_token(token, now_us)
+                return (None if token is None else self._of_token(token, now_us)), False
             if session.is_over(now_us):
-                return None
+                return None, False
             account = token = None
             if session.account_pk is not None:
                 account = rows.account_by_pk(connection, session.account_pk)
@@ -139,13 +182,7 @@ class SessionService:
             found = None if account is None else self.of_account(account, session)
         else:
             found = self._of_ticket(session, account, token, now_us)
-        if (
-            found is not None
-            and now_us - session.seen_us > session.idle_us / TOUCH_PART
-        ):
-            with self._database.write() as connection:
-                rows.touch_session(connection, session.id, now_us)
-        return found
+        return found, now_us - session.seen_us > session.idle_us / TOUCH_PART
 
     def of_account(
         self, account: AccountRow, session: SessionRow | None, kind: str = "login"

@@ -173,6 +173,30 @@ class TicketService:
             )
         return Scope(patients=frozenset(patients))
 
+    def is_spent_on(self, actor: Actor, secret: str) -> bool:
+        """Tell whether a ticket can no longer be used, but `actor` sees all it named.
+
+        Then whoever follows its link again is shown what it was for, and nothing is
+        refused: the link opens nothing that is not open already.
+        """
+        if not 0 < len(secret) <= MAX_SECRET:
+            return False
+        now_us = self._clock.now_us()
+        with self._database.read() as connection:
+            ticket = grants.find_ticket(connection, digest_of(secret))
+        if ticket is None or not _reason(ticket, now_us):
+            return False
+        if not self._policy.may(actor, Action.FIND):
+            return False
+        held, wanted = self._policy.acting(actor, Action.FIND), ticket.scope
+        if held.scope is not None:
+            return (
+                wanted.studies <= held.scope.studies
+                and wanted.patients <= held.scope.patients
+            )
+        tenants = {key.tenant for key in wanted.studies | wanted.patients}
+        return tenants <= set(held.tenants)
+
     def exchange(self, secret: str, origin: Origin) -> tuple[str, Login]:
         """Return the secret of the session that a ticket opens, and what it can see.
 

@@ -197,20 +197,21 @@ def test_the_first_login_asks_for_a_password_of_ones_own(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("password", "said"),
+    ("password", "said", "rule"),
     [
-        ("Sh0rt#", "at least 10"),
-        ("alllowercase1", "three of"),
-        ("1234567890ab", "three of"),
-        ("Password123", "too common"),
-        ("Qwertyuiop1", "too common"),
-        ("Aa1Aa1Aa1Aa1", "too common"),
-        ("X#wang-2026-x", "account"),
-        ("Aa1#" * 100, "at most"),
+        ("Sh0rt#", "at least 10", "short"),
+        ("alllowercase1", "three of", "classes"),
+        ("1234567890ab", "three of", "classes"),
+        ("Password123", "too common", "common"),
+        ("Qwertyuiop1", "too common", "common"),
+        ("Aa1Aa1Aa1Aa1", "too common", "common"),
+        ("X#wang-2026-x", "account", "name"),
+        ("Aa1#" * 100, "at most", "long"),
+        (PASSWORD, "used before", "used"),
     ],
 )
 def test_a_weak_password_is_refused_with_a_reason(
-    site: Site, password: str, said: str
+    site: Site, password: str, said: str, rule: str
 ) -> None:
     browser = site.logged_in("wang", "radiologist")
 
@@ -220,6 +221,7 @@ def test_a_weak_password_is_refused_with_a_reason(
 
     assert answer.status == 400
     assert said in answer.json()["detail"]
+    assert answer.json()["code"] == f"input.password.{rule}"
     assert password not in answer.text
 
 
@@ -434,6 +436,33 @@ def test_a_session_that_is_used_goes_on(tmp_path: Path) -> None:
             threading.Event().wait(0.3)
             site.node.identity.sessions.forget()
 
+            assert browser.get(STUDIES).status == 204
+
+
+def test_what_a_page_asks_for_by_itself_keeps_no_session_alive(tmp_path: Path) -> None:
+    settings = with_identity(idle_minutes=1.2 / 60)
+    with closed_site(tmp_path / "data", identity=settings) as site:
+        browser = site.logged_in("wang", "radiologist")
+        statuses = []
+        for _ in range(6):
+            threading.Event().wait(0.3)
+            site.node.identity.sessions.forget()
+            statuses.append(browser.get("/api/v1/activity", X_Background="1").status)
+
+    assert statuses[0] == 200
+    assert statuses[-1] == 401
+
+
+def test_a_use_right_behind_a_background_request_counts(tmp_path: Path) -> None:
+    settings = with_identity(idle_minutes=1.2 / 60)
+    with closed_site(tmp_path / "data", identity=settings) as site:
+        browser = site.logged_in("wang", "radiologist")
+        for _ in range(6):
+            threading.Event().wait(0.3)
+            site.node.identity.sessions.forget()
+            # What this one looked up is remembered when the next one comes.
+            asked = browser.get("/api/v1/activity", X_Background="1")
+            assert asked.status == 200
             assert browser.get(STUDIES).status == 204
 
 

@@ -97,6 +97,53 @@ def test_a_ticket_in_an_address_becomes_a_cookie_and_goes(site: Site) -> None:
     assert browser.get("/viewer").status == 303
 
 
+def test_a_spent_ticket_leads_on_where_its_study_is_open_already(site: Site) -> None:
+    fill(site)
+    doctor = site.logged_in("chen", "clinician")
+    url = doctor.post(TICKETS, {"study": uid(1)}).json()["url"]
+    other = doctor.post(TICKETS, {"study": uid(2)}).json()["url"]
+    browser = site.browser()
+    assert browser.get(url).status == 303
+
+    again = browser.get(url)
+
+    assert again.status == 303
+    assert again.headers["location"] == "/"
+    assert "set-cookie" not in again.headers
+    assert doctor.get(url).status == 303
+    assert site.audit(action="ticket.exchange", outcome="deny") == []
+    # Neither strangers, nor the sessions of other tickets, nor who has no patients.
+    assert site.browser().get(url).status == 401
+    elsewhere = site.browser()
+    assert elsewhere.get(other).status == 303
+    assert elsewhere.get(url).status == 401
+    keeper = site.logged_in("zhao", "archive_manager", tenant="elsewhere")
+    assert keeper.get(url).status == 401
+
+
+def test_browsers_without_a_session_get_the_login_page(site: Site) -> None:
+    for path in ("/viewer", "/viewer/", "/viewer?ticket=forged"):
+        shown = site.browser().get(path, Accept="text/html", Sec_Fetch_Mode="navigate")
+        assert shown.status == 401
+        assert shown.headers["content-type"].startswith("text/html")
+        told = site.browser().get(path)
+        assert told.status == 401
+        assert told.json()["code"] == "not_authenticated"
+
+
+def test_a_page_is_told_what_it_need_not_offer(site: Site) -> None:
+    fill(site)
+    doctor = site.logged_in("chen", "clinician")
+    guest = site.browser()
+    guest.get(doctor.post(TICKETS, {"study": uid(1)}).json()["url"])
+    manager = site.logged_in("zhao", "archive_manager")
+
+    may = guest.get("/api/v1/me").json()["may"]
+    assert "find" in may
+    assert "measure" not in may
+    assert {"find", "measure", "delete"} <= set(manager.get("/api/v1/me").json()["may"])
+
+
 def test_a_ticket_can_become_a_bearer_token(site: Site) -> None:
     fill(site)
     ticket = site.token("his", "clinician").post(TICKETS, {"study": uid(1)}).json()
