@@ -176,16 +176,21 @@ def open_node(settings: Settings) -> Node:
         processes=settings.pacs.decoders,
         observer=metrics.DecoderMetrics(),
     )
-    peers = PeerService(database=database, clock=clock, configured=settings.dimse.peers)
-    policy = AccessPolicy(
-        our_aes=our_aes(settings), peers=peers, open_access=settings.open
-    )
     audit = AuditTrail(
         database,
         clock,
         settings.data / AUDIT,
         limits=settings.limits,
         observer=metrics.AuditMetrics(),
+    )
+    peers = PeerService(
+        database=database,
+        clock=clock,
+        configured=settings.dimse.peers,
+        trail=audit,
+    )
+    policy = AccessPolicy(
+        our_aes=our_aes(settings), peers=peers, open_access=settings.open
     )
     retrieve = RetrieveService(
         database=database,

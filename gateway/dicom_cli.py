@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gateway.console import command_event
 from gateway.options import Config, Data, opened, settings_for
 from storage.kernel.errors import InvalidParameter, NotFound
 from storage.kernel.settings import Settings
@@ -91,7 +92,7 @@ def peer_add(
         forward=forward,
     )
     with _node(data, config) as node:
-        node.peers.put(peer)
+        node.peers.put(peer, command_event("peer"))
     typer.echo(_line(peer))
 
 
@@ -111,7 +112,7 @@ def peer_remove(
 ) -> None:
     """Remove a remote AE."""
     with _node(data, config) as node:
-        node.peers.remove(title)
+        node.peers.remove(title, command_event("peer"))
 
 
 def _line(peer: KnownPeer) -> str:

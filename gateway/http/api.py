@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import orjson
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
+from gateway.http import access
 from pacs.services.commitment import Transaction
 from pacs.services.policy import Action, KnownPeer
 from pacs.web.request_body import read_body
+from storage.audit import AuditEvent
 from storage.kernel.errors import InvalidParameter, NotFound
 from storage.kernel.types import Actor
 from storage.outbox import ChangePage
@@ -44,8 +47,8 @@ class Peers(Protocol):
     """The remote AEs of this node."""
 
     def list(self) -> list[KnownPeer]: ...
-    def put(self, peer: KnownPeer) -> None: ...
-    def remove(self, title: str) -> None: ...
+    def put(self, peer: KnownPeer, by: AuditEvent) -> None: ...
+    def remove(self, title: str, by: AuditEvent) -> None: ...
 
 
 class Commitments(Protocol):
@@ -143,7 +146,7 @@ def settle(actor: Asking, using: Using, study: Uid) -> Response:
 @router.get("/peers")
 def list_peers(actor: Asking, using: Using) -> Response:
     """List the remote AEs."""
-    using.policy.require(actor, Action.ADMINISTER)
+    using.policy.require(actor, Action.READ_PEERS)
     return _json([_described(peer) for peer in using.peers.list()])
 
 
@@ -157,7 +160,7 @@ async def put_peer(
     """Add a remote AE or change it."""
     using.policy.require(actor, Action.ADMINISTER)
     peer = _peer(title, await _object(request))
-    using.peers.put(peer)
+    await to_thread.run_sync(using.peers.put, peer, _changing(actor))
     return _json(_described(peer))
 
 
@@ -167,8 +170,23 @@ def remove_peer(
 ) -> Response:
     """Remove a remote AE that was added at run time."""
     using.policy.require(actor, Action.ADMINISTER)
-    using.peers.remove(title)
+    using.peers.remove(title, _changing(actor))
     return Response(status_code=204)
+
+
+def _changing(actor: Actor) -> AuditEvent:
+    """Return who changes something by this request, for the record of the change."""
+    origin = access.access().origin
+    return AuditEvent(
+        action=Action.ADMINISTER.value,
+        actor=actor.name,
+        tenant=actor.tenant,
+        roles=sorted(actor.roles),
+        session=actor.session,
+        source=origin.source,
+        door=origin.door,
+        request_id=origin.request_id,
+    )
 
 
 @router.get("/commitments/{transaction}")

@@ -94,9 +94,14 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(READ, f"{_V1}/changes", Action.FOLLOW),
     Rule(READ, f"{_V1}/commitments/{{transaction}}", Action.COMMIT),
     Rule(READ, f"{_V1}/node", Action.INSPECT, audited=False),
-    Rule(READ, f"{_V1}/peers", Action.ADMINISTER),
-    Rule(("PUT", "DELETE"), f"{_V1}/peers/{{title}}", Action.ADMINISTER),
+    Rule(READ, f"{_V1}/peers", Action.READ_PEERS),
     # The services behind these record what they do, with what it was done to.
+    Rule(
+        ("PUT", "DELETE"),
+        f"{_V1}/peers/{{title}}",
+        Action.ADMINISTER,
+        audited=False,
+    ),
     Rule(("POST",), f"{_V1}/tickets", Action.TICKET, audited=False),
     Rule(("POST",), f"{_V1}/tickets/exchange", None, audited=False),
     Rule(READ, f"{_V1}/accounts", Action.READ_ACCOUNTS),

@@ -6,8 +6,6 @@ the user of the operating system. `gateway.cli` registers these commands.
 
 from __future__ import annotations
 
-import os
-import pwd
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +13,7 @@ import typer
 
 from gateway.options import Config, Data, opened, settings_for
 from storage.kernel.errors import InvalidParameter, NotFound
-from storage.kernel.types import DEFAULT_TENANT, Actor, PatientKey, Role
+from storage.kernel.types import DEFAULT_TENANT, Actor, PatientKey
 
 if TYPE_CHECKING:
     from gateway.identity.grants import TokenRow
@@ -217,17 +215,16 @@ def token_revoke(name: Name, *, data: Data = None, config: Config = None) -> Non
 
 def _operator() -> Actor:
     """Return who runs the command."""
-    try:
-        user = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        user = str(os.getuid())
-    return Actor(DEFAULT_TENANT, f"cli:{user}", roles=frozenset({Role.SYSTEM}))
+    from gateway.console import operator
+
+    return operator()
 
 
 def _origin() -> Origin:
+    from gateway.console import DOOR
     from gateway.identity.recording import Origin
 
-    return Origin(door="cli")
+    return Origin(door=DOOR)
 
 
 def _patient(tenant: str, text: str) -> PatientKey:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
 
-from sqlalchemy import delete, func, select
+import orjson
+from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from pacs.repository.tables import Peer
 from pacs.services.policy import Action, KnownPeer
+from storage.audit import AuditEvent
 from storage.db.engine import Database
 from storage.kernel.clock import Clock
 from storage.kernel.errors import (
@@ -45,6 +50,14 @@ _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}\Z")
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 
+class Trail(Protocol):
+    """The audit trail."""
+
+    def record_in(self, connection: Connection, event: AuditEvent) -> None:
+        """Record a change in the transaction that makes it."""
+        ...
+
+
 class PeerService:
     """The directory of remote AEs; safe from any thread.
 
@@ -54,12 +67,20 @@ class PeerService:
     ----------
     configured : iterable of PeerSettings
         ``dimse.peers`` of the settings.
+    trail : Trail, optional
+        Where changes are recorded.
     """
 
     def __init__(
-        self, *, database: Database, clock: Clock, configured: Iterable[PeerSettings]
+        self,
+        *,
+        database: Database,
+        clock: Clock,
+        configured: Iterable[PeerSettings],
+        trail: Trail | None = None,
     ) -> None:
         self._database = database
+        self._trail = trail
         self._clock = clock
         self._configured = {one.title: _from_settings(one) for one in configured}
         self._lock = threading.Lock()
@@ -82,8 +103,14 @@ class PeerService:
         """Tell whether a peer comes from the settings file."""
         return title in self._configured
 
-    def put(self, peer: KnownPeer) -> None:
+    def put(self, peer: KnownPeer, by: AuditEvent | None = None) -> None:
         """Add a peer, or change it.
+
+        Parameters
+        ----------
+        by : AuditEvent, optional
+            Who does it, and by which way; what was changed is recorded with it, in
+            the transaction that changes it.
 
         Raises
         ------
@@ -108,16 +135,18 @@ class PeerService:
             title=peer.title, created_us=self._clock.now_us(), **values
         )
         with self._database.write() as connection:
+            before = _held(connection, peer.title)
             held = connection.scalar(select(func.count()).select_from(Peer))
             if held is not None and held >= MAX_PEERS:
                 raise TooLarge("peers", MAX_PEERS)
             connection.execute(
                 statement.on_conflict_do_update(index_elements=["title"], set_=values)
             )
+            self._record(connection, by, peer.title, before, peer)
         self._read_at = -CACHE_SECONDS
 
-    def remove(self, title: str) -> None:
-        """Remove a peer.
+    def remove(self, title: str, by: AuditEvent | None = None) -> None:
+        """Remove a peer; `by` as in `put`.
 
         Raises
         ------
@@ -127,10 +156,23 @@ class PeerService:
         """
         self._not_configured(title)
         with self._database.write() as connection:
-            removed = connection.execute(delete(Peer).where(Peer.title == title))
+            before = _held(connection, title)
+            if before is None:
+                raise NotFound(f"no peer called {title}")
+            connection.execute(delete(Peer).where(Peer.title == title))
+            self._record(connection, by, title, before, None)
         self._read_at = -CACHE_SECONDS
-        if not removed.rowcount:
-            raise NotFound(f"no peer called {title}")
+
+    def _record(
+        self,
+        connection: Connection,
+        by: AuditEvent | None,
+        title: str,
+        before: KnownPeer | None,
+        after: KnownPeer | None,
+    ) -> None:
+        if self._trail is not None and by is not None:
+            self._trail.record_in(connection, _change(by, title, before, after))
 
     def _not_configured(self, title: str) -> None:
         if title in self._configured:
@@ -153,33 +195,81 @@ class PeerService:
         self._failure = ""
         try:
             with self._database.read() as connection:
-                rows = connection.execute(
-                    select(
-                        Peer.title,
-                        Peer.host,
-                        Peer.port,
-                        Peer.tenant,
-                        Peer.may,
-                        Peer.tls,
-                        Peer.forward,
-                    )
-                ).all()
+                rows = connection.execute(select(*_COLUMNS)).all()
         except Unavailable as error:
             self._failure = str(error)
         else:
-            self._known = {
-                title: KnownPeer(
-                    title=title,
-                    host=host,
-                    port=port,
-                    tenant=tenant,
-                    may=frozenset(may.split()),
-                    tls=bool(tls),
-                    forward=bool(forward),
-                )
-                for title, host, port, tenant, may, tls, forward in rows
-            }
+            self._known = {row.title: _from_row(row) for row in rows}
         self._read_at = time.monotonic()
+
+
+_COLUMNS = (
+    Peer.title, Peer.host, Peer.port, Peer.tenant, Peer.may, Peer.tls, Peer.forward,
+)  # fmt: skip
+
+
+def _held(connection: Connection, title: str) -> KnownPeer | None:
+    """Return the peer of the table, kept from other writers (PostgreSQL)."""
+    row = connection.execute(
+        select(*_COLUMNS).where(Peer.title == title).with_for_update()
+    ).first()
+    return None if row is None else _from_row(row)
+
+
+def _from_row(row: Any) -> KnownPeer:
+    return KnownPeer(
+        title=row.title,
+        host=row.host,
+        port=row.port,
+        tenant=row.tenant,
+        may=frozenset(row.may.split()),
+        tls=bool(row.tls),
+        forward=bool(row.forward),
+    )
+
+
+def _change(
+    by: AuditEvent, title: str, before: KnownPeer | None, after: KnownPeer | None
+) -> AuditEvent:
+    """Return the event of a change: digests of both states, and what differs."""
+    action = "peer.change"
+    if before is None:
+        action = "peer.add"
+    elif after is None:
+        action = "peer.remove"
+    old, new = _values(before), _values(after)
+    return replace(
+        by,
+        action=action,
+        object_kind="peer",
+        object_id=title,
+        detail={
+            **{f"before_{k}": v for k, v in old.items() if new.get(k) != v},
+            **{f"after_{k}": v for k, v in new.items() if old.get(k) != v},
+        },
+        before=_digest(old),
+        after=_digest(new),
+    )
+
+
+def _values(peer: KnownPeer | None) -> dict[str, Any]:
+    if peer is None:
+        return {}
+    return {
+        "host": peer.host,
+        "port": peer.port,
+        "tenant": peer.tenant,
+        "may": sorted(peer.may),
+        "tls": peer.tls,
+        "forward": peer.forward,
+    }
+
+
+def _digest(values: Mapping[str, Any]) -> bytes | None:
+    """Return the SHA-256 of a peer's values as JSON with sorted keys."""
+    if not values:
+        return None
+    return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).digest()
 
 
 def check_peer(peer: KnownPeer) -> None:

@@ -30,6 +30,7 @@ class Action(StrEnum):
     INSPECT = "inspect"
     PAGE = "page"
     ADMINISTER = "administer"
+    READ_PEERS = "read_peers"
     READ_ACCOUNTS = "read_accounts"
     KEEP_ACCOUNTS = "keep_accounts"
     GRANT = "grant"
@@ -154,6 +155,7 @@ PERMISSIONS: Final[Mapping[Action, tuple[Kind, Mapping[Role, Relations]]]] = {
     Action.PAGE: (Kind.PAGE, dict.fromkeys((*GRANTABLE, Role.TICKET), _S)),
     Action.ECHO: (Kind.NODE, {Role.ADMINISTRATOR: _O, Role.MODALITY: _O}),
     Action.ADMINISTER: (Kind.PEER, {Role.ADMINISTRATOR: _O}),
+    Action.READ_PEERS: (Kind.PEER, {Role.ADMINISTRATOR: _O}),
     Action.READ_ACCOUNTS: (
         Kind.ACCOUNT,
         {Role.SECURITY_ADMINISTRATOR: _OG, Role.AUDITOR: _OG},

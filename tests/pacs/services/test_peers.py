@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
+import orjson
 import pytest
 from sqlalchemy import Connection
 
 from pacs.services import peers as peers_module
 from pacs.services.peers import PeerService
 from pacs.services.policy import KnownPeer
+from storage.audit import AuditEvent, AuditTrail
 from storage.db import migrate
 from storage.db.engine import Database
 from storage.kernel.clock import SystemClock
@@ -21,6 +25,7 @@ from storage.kernel.errors import (
     NotFound,
 )
 from storage.kernel.settings import PeerSettings
+from tests.support.auditing import records, verified
 
 CT1 = KnownPeer("CT1", "10.0.0.7", 104, "city-a", frozenset({"store"}), forward=True)
 FIXED = PeerSettings(title="FIXED", host="10.0.0.9", port=104, forward=True)
@@ -94,6 +99,67 @@ def test_removing_removes(database: Database) -> None:
     assert peers.find("CT1") is None
     with pytest.raises(NotFound):
         peers.remove("CT1")
+
+
+def test_a_change_is_recorded_with_what_was_and_what_is(
+    database: Database, tmp_path: Path
+) -> None:
+    trail = AuditTrail(database, SystemClock(), tmp_path / "audit")
+    peers = PeerService(
+        database=database, clock=SystemClock(), configured=[FIXED], trail=trail
+    )
+    by = AuditEvent(action="administer", actor="lin", door="web", source="::1")
+
+    peers.put(CT1, by)
+    peers.put(replace(CT1, host="10.0.0.8", may=frozenset({"find", "get"})), by)
+    peers.remove("CT1", by)
+    with pytest.raises(NotFound):
+        peers.remove("CT1", by)
+    with pytest.raises(Conflict):
+        peers.remove("FIXED", by)
+
+    added, changed, removed = records(database)
+    assert {(one.object_kind, one.object_id) for one in records(database)} == {
+        ("peer", "CT1")
+    }
+    assert (changed.actor, changed.door, changed.source) == ("lin", "web", "::1")
+    assert [added.action, changed.action, removed.action] == [
+        "peer.add", "peer.change", "peer.remove",
+    ]  # fmt: skip
+    assert (added.before, removed.after) == (None, None)
+    assert added.after == changed.before != changed.after == removed.before
+    assert orjson.loads(added.detail)["after_forward"] is True
+    assert orjson.loads(changed.detail) == {
+        "before_host": "10.0.0.7", "after_host": "10.0.0.8",
+        "before_may": ["store"], "after_may": ["find", "get"],
+    }  # fmt: skip
+    assert orjson.loads(removed.detail)["before_host"] == "10.0.0.8"
+    assert verified(database, tmp_path / "audit").is_clean
+    trail.close()
+
+
+def test_a_change_that_cannot_be_recorded_does_not_happen(database: Database) -> None:
+    class Down:
+        def record_in(self, _connection: Connection, _event: AuditEvent) -> None:
+            raise DependencyDown("audit: down")
+
+    by = AuditEvent(action="administer", actor="lin")
+    kept = directory(database)
+    kept.put(CT1)
+    peers = PeerService(
+        database=database, clock=SystemClock(), configured=[], trail=Down()
+    )
+
+    for change in (
+        lambda: peers.put(replace(CT1, port=105), by),
+        lambda: peers.put(replace(CT1, title="CT2"), by),
+        lambda: peers.remove("CT1", by),
+    ):
+        with pytest.raises(DependencyDown):
+            change()
+
+    assert directory(database).find("CT1") == CT1
+    assert directory(database).find("CT2") is None
 
 
 def test_the_settings_file_wins(database: Database) -> None:
