@@ -113,6 +113,10 @@ class TicketRow:
     expires_us: int
     used_us: int | None
 
+    @property
+    def is_withdrawn(self) -> bool:
+        return self.expires_us <= self.created_us
+
 
 _TICKET = (
     LaunchTicket.id,
@@ -152,6 +156,26 @@ def use_ticket(connection: Connection, pk: int, now_us: int) -> bool:
         .values(used_us=now_us)
     )
     return bool(taken.rowcount)
+
+
+def withdraw_tickets(
+    connection: Connection,
+    *,
+    account_pk: int | None = None,
+    token_pk: int | None = None,
+) -> None:
+    """End the tickets of an account or a token that wait to be used.
+
+    They expire when they were issued: so the audit tells them from expired ones.
+    """
+    query = update(LaunchTicket).where(LaunchTicket.used_us.is_(None))
+    if account_pk is not None:
+        query = query.where(LaunchTicket.account_pk == account_pk)
+    elif token_pk is not None:
+        query = query.where(LaunchTicket.token_pk == token_pk)
+    else:
+        raise ValueError("nothing names the tickets")
+    connection.execute(query.values(expires_us=LaunchTicket.created_us))
 
 
 def forget_old_tickets(connection: Connection, before_us: int) -> None:

@@ -359,8 +359,12 @@ def add_session(connection: Connection, **values: Any) -> None:
     connection.execute(insert(Session).values(**values))
 
 
-def touch_session(connection: Connection, pk: int, seen_us: int) -> None:
-    connection.execute(update(Session).where(Session.id == pk).values(seen_us=seen_us))
+def touch_session(connection: Connection, pk: int, seen_us: int) -> bool:
+    """Note a use of a session, and hold it until the commit; False: it has ended."""
+    touched = connection.execute(
+        update(Session).where(Session.id == pk).values(seen_us=seen_us)
+    )
+    return bool(touched.rowcount)
 
 
 def end_sessions(

@@ -29,7 +29,7 @@ from gateway.identity.rules import (
     roles_of,
     tenant_name,
 )
-from gateway.identity.sessions import DAY_US, SessionService
+from gateway.identity.sessions import DAY_US, SessionService, end_all_in
 from pacs.services.permissions import Action, Kind
 from pacs.services.policy import AccessPolicy, Resource
 from storage.db.engine import Database
@@ -429,7 +429,7 @@ class TokenService:
             raise NotFound("no such token")
         with self._database.write() as connection:
             grants.revoke_token(connection, token.id, self._clock.now_us())
-            rows.end_sessions(connection, token_pk=token.id)
+            end_all_in(connection, token_pk=token.id)
         self._sessions.forget()
         self._record(actor, "token.revoke", token.name, origin, sorted(token.roles))
 

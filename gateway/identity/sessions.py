@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from sqlalchemy import Connection
+
 from gateway.identity import grants
 from gateway.identity import repository as rows
 from gateway.identity.grants import TicketRow, TokenRow
 from gateway.identity.repository import AccountRow, SessionRow
 from gateway.identity.rules import digest_of, needs_second_factor, new_secret
-from pacs.services.permissions import Action, Relation
-from pacs.services.policy import relations
+from pacs.services.permissions import Action, Kind, Relation
+from pacs.services.policy import Resource, purposes, relation_of, relations
 from storage.db.engine import Database
 from storage.kernel.clock import Clock
 from storage.kernel.errors import Unavailable
@@ -216,13 +218,7 @@ class SessionService:
     def _of_token(token: TokenRow, now_us: int) -> Login | None:
         if not token.is_good(now_us):
             return None
-        actor = Actor(
-            TenantId(token.tenant),
-            f"token:{token.name}",
-            readable=_readable(token.roles, token.readable),
-            roles=token.roles,
-        )
-        return Login(actor, "token", token_pk=token.id)
+        return Login(actor_of_token(token), "token", token_pk=token.id)
 
     @staticmethod
     def _of_ticket(
@@ -231,7 +227,10 @@ class SessionService:
         token: TokenRow | None,
         now_us: int,
     ) -> Login | None:
-        if session.scope is None or not may_issue(account, token, now_us):
+        issuer = issuer_of(account, token, now_us)
+        if session.scope is None or not may_issue(
+            issuer, session.scope, session.purpose
+        ):
             return None
         tenants = {key.tenant for key in session.scope.studies}
         tenants |= {key.tenant for key in session.scope.patients}
@@ -309,10 +308,26 @@ class SessionService:
         self.forget()
 
     def end_all(self, account_pk: int) -> None:
-        """End every session of an account, and those its tickets have opened."""
+        """End every session of an account, its tickets, and what they have opened."""
         with self._database.write() as connection:
-            rows.end_sessions(connection, account_pk=account_pk)
+            end_all_in(connection, account_pk=account_pk)
         self.forget()
+
+
+def end_all_in(
+    connection: Connection,
+    *,
+    account_pk: int | None = None,
+    token_pk: int | None = None,
+) -> None:
+    """End what stands on an account or a token: sessions, and tickets that wait.
+
+    In the transaction of the change that takes the rights away; `SessionService.forget`
+    follows its commit.
+    """
+    # Order matters: who is issuing a ticket holds his session, see `TicketService`.
+    rows.end_sessions(connection, account_pk=account_pk, token_pk=token_pk)
+    grants.withdraw_tickets(connection, account_pk=account_pk, token_pk=token_pk)
 
 
 def actor_of(account: AccountRow) -> Actor:
@@ -342,13 +357,39 @@ def _readable(roles: frozenset[Role], readable: frozenset[str]) -> frozenset[Ten
     return frozenset()
 
 
-def may_issue(account: AccountRow | None, token: TokenRow | None, now_us: int) -> bool:
-    """Tell whether who issued a ticket is still there, and still may."""
+def actor_of_token(token: TokenRow) -> Actor:
+    """Return a token as an actor."""
+    return Actor(
+        TenantId(token.tenant),
+        f"token:{token.name}",
+        readable=_readable(token.roles, token.readable),
+        roles=token.roles,
+    )
+
+
+def issuer_of(
+    account: AccountRow | None, token: TokenRow | None, now_us: int
+) -> Actor | None:
+    """Return who issued a ticket, with the rights of now; None: he is there no more."""
     if account is not None:
-        return account.is_active and bool(relations(account.roles, Action.TICKET))
+        return actor_of(account) if account.is_active else None
     if token is not None:
-        return token.is_good(now_us) and bool(relations(token.roles, Action.TICKET))
-    return False
+        return actor_of_token(token) if token.is_good(now_us) else None
+    return None
+
+
+def may_issue(issuer: Actor | None, scope: Scope, purpose: str) -> bool:
+    """Tell whether `issuer` may give out a ticket for all of `scope`, and why."""
+    if issuer is None or purpose not in purposes(issuer.roles, Action.TICKET):
+        return False
+    allowed = relations(issuer.roles, Action.TICKET)
+    named = [
+        *(Resource(Kind.STUDY, key.tenant, study=key) for key in scope.studies),
+        *(Resource(Kind.STUDY, key.tenant, patient=key) for key in scope.patients),
+    ]
+    return bool(named) and all(
+        relation_of(issuer, resource) in allowed for resource in named
+    )
 
 
 def csrf_of(secret: str) -> str:

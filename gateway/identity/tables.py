@@ -144,7 +144,10 @@ class ApiToken(Base):
 
 
 class LaunchTicket(Base):
-    """Leave to look at one study or one patient, once, for somebody who has it."""
+    """Leave to look at one study or one patient, once, for somebody who has it.
+
+    One that was withdrawn has expired when it was created.
+    """
 
     __tablename__ = "launch_ticket"
 

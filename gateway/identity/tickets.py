@@ -12,7 +12,7 @@ from gateway.identity import repository as rows
 from gateway.identity.grants import TicketRow
 from gateway.identity.recording import Origin, Recorder
 from gateway.identity.rules import digest_of, new_secret
-from gateway.identity.sessions import Login, SessionService, may_issue
+from gateway.identity.sessions import Login, SessionService, issuer_of, may_issue
 from pacs.repository import visible
 from pacs.repository.tables import Study
 from pacs.services.permissions import Action
@@ -104,6 +104,8 @@ class TicketService:
             The issuer may not give out tickets, or not for this purpose.
         NotFound
             No such study or patient, for this issuer.
+        NotAuthenticated
+            The issuer's session has ended meanwhile.
         InvalidParameter, TooLarge
         """
         actor = self._policy.acting(login.actor, Action.TICKET)
@@ -113,7 +115,11 @@ class TicketService:
         secret, public_id = new_secret(), secrets.token_hex(8)
         now_us = self._clock.now_us()
         expires_us = now_us + int(self._settings.ticket_seconds * 1e6)
+        session = login.session
         with self._database.write() as connection:
+            # Held until the commit: whoever ends the session finds the ticket too.
+            if session and not rows.touch_session(connection, session.id, now_us):
+                raise NotAuthenticated("the session has ended")
             grants.forget_old_tickets(connection, now_us - KEPT_US)
             if grants.count_tickets(connection, actor.name, now_us) >= MAX_WAITING:
                 raise TooLarge("tickets", MAX_WAITING)
@@ -203,8 +209,8 @@ class TicketService:
         Raises
         ------
         NotAuthenticated
-            Forged, used, expired, or its issuer may no longer give out tickets. Which
-            of these, only the audit says.
+            Forged, used, expired, withdrawn, or its issuer may no longer give out
+            tickets for this. Which of these, only the audit says.
         """
         opened, now_us = new_secret(), self._clock.now_us()
         with self._database.write() as connection:
@@ -218,7 +224,8 @@ class TicketService:
                     account = rows.account_by_pk(connection, ticket.account_pk)
                 if ticket.token_pk is not None:
                     token = grants.find_token(connection, pk=ticket.token_pk)
-                if not may_issue(account, token, now_us):
+                issuer = issuer_of(account, token, now_us)
+                if not may_issue(issuer, ticket.scope, ticket.purpose):
                     reason = "its issuer may no longer"
                 elif not grants.use_ticket(connection, ticket.id, now_us):
                     reason = "used before"
@@ -267,6 +274,8 @@ def _reason(ticket: TicketRow | None, now_us: int) -> str:
         return "forged"
     if ticket.used_us is not None:
         return "used before"
+    if ticket.is_withdrawn:
+        return "withdrawn: its issuer's rights have changed"
     if now_us >= ticket.expires_us:
         return "expired"
     return ""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
+from gateway.identity.tickets import WantedTicket
+from storage.kernel.errors import NotAuthenticated
 from storage.kernel.types import PatientKey
 from tests.support.accounts import (
     CLI,
@@ -340,6 +344,106 @@ def test_a_ticket_ends_with_its_issuer(site: Site) -> None:
 
     assert [seen_status(one) for one in (by_doctor, by_machine)] == [401, 401]
     assert [exchange(site, one)[1].status for one in tickets[1::2]] == [401, 401]
+
+
+def _take_roles(site: Site) -> None:
+    site.node.identity.accounts.set_roles(SYSTEM, "chen", ["reviewer"], CLI)
+
+
+def _take_readable(site: Site) -> None:
+    site.node.identity.accounts.set_roles(
+        SYSTEM, "chen", ["radiologist"], CLI, readable=[]
+    )
+
+
+def _reset_password(site: Site) -> None:
+    site.node.identity.accounts.reset_password(SYSTEM, "chen", CLI)
+
+
+def _reset_totp(site: Site) -> None:
+    site.node.identity.accounts.reset_totp(SYSTEM, "chen", CLI)
+
+
+def _disable_for_a_while(site: Site) -> None:
+    site.node.identity.accounts.disable(SYSTEM, "chen", CLI)
+    site.node.identity.accounts.enable(SYSTEM, "chen", CLI)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        _take_roles,
+        _take_readable,
+        _reset_password,
+        _reset_totp,
+        _disable_for_a_while,
+    ],
+)
+def test_waiting_tickets_end_with_the_rights_they_were_issued_by(
+    any_site: Site, take: Callable[[Site], None]
+) -> None:
+    fill(any_site)
+    doctor = any_site.logged_in("chen", "radiologist", readable=("other",))
+    asked = ({"study": uid(4)}, {"patient_id": "PID4"})
+    waiting, used = (doctor.post(TICKETS, one).json()["ticket"] for one in asked)
+    guest, _ = exchange(any_site, used)
+    assert seen(guest) == {uid(4)}
+
+    take(any_site)
+
+    assert seen_status(guest) == 401
+    assert exchange(any_site, waiting)[1].status == 401
+    [record] = any_site.audit(action="ticket.exchange", outcome="deny")
+    assert record["reason"].startswith("withdrawn")
+
+
+def test_waiting_tickets_end_with_their_machine_s_token(any_site: Site) -> None:
+    fill(any_site)
+    ticket = any_site.token("his", "clinician").post(TICKETS, {"study": uid(1)}).json()
+
+    any_site.node.identity.tokens.revoke(SYSTEM, "his", CLI)
+
+    assert exchange(any_site, ticket["ticket"])[1].status == 401
+    [record] = any_site.audit(action="ticket.exchange", outcome="deny")
+    assert record["reason"].startswith("withdrawn")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("readable", ""), ("roles", "reviewer"), ("roles", "clinician")],
+)
+def test_a_ticket_needs_the_rights_its_issuer_has_when_it_is_used(
+    any_site: Site, column: str, value: str
+) -> None:
+    """However they were lost: the ticket was for quality, in another institution."""
+    fill(any_site)
+    doctor = any_site.logged_in("chen", "radiologist", readable=("other",))
+    asked = {"study": uid(4), "purpose": "quality"}
+    waiting, used = (doctor.post(TICKETS, asked).json()["ticket"] for _ in range(2))
+    guest, _ = exchange(any_site, used)
+    assert seen(guest) == {uid(4)}
+    with any_site.node.database.write() as connection:
+        connection.execute(text(f"UPDATE account SET {column} = '{value}'"))  # noqa: S608
+    any_site.node.identity.sessions.forget()
+
+    assert exchange(any_site, waiting)[1].status == 401
+    assert seen_status(guest) == 401
+    [record] = any_site.audit(action="ticket.exchange", outcome="deny")
+    assert record["reason"] == "its issuer may no longer"
+
+
+def test_nobody_issues_a_ticket_with_a_session_that_has_ended(any_site: Site) -> None:
+    """Other processes know of the end within seconds only."""
+    fill(any_site)
+    identity = any_site.node.identity
+    doctor = any_site.logged_in("chen", "clinician")
+    [secret] = doctor.cookies.values()
+    remembered = identity.sessions.find(secret)
+    assert remembered is not None
+    identity.accounts.reset_password(SYSTEM, "chen", CLI)
+
+    with pytest.raises(NotAuthenticated):
+        identity.tickets.issue(remembered, WantedTicket(uid(1)), CLI)
 
 
 def test_tickets_are_not_in_logs_of_ours_or_the_database(site: Site) -> None:
