@@ -1,7 +1,8 @@
 """Going on after a damage that cannot be undone, or after a backup was put back.
 
 The damages stay in the chain and every verification lists them, as accepted. A record
-says who accepted which, and why; damages that come later are not covered by it. No
+says who accepted which, and why; it names each with a mark of what was found, so that
+damages that come later, at the same place as well, are not covered by it. No
 number is used twice: where records are gone, the chain goes on after the last that
 anybody knows of.
 """
@@ -23,9 +24,9 @@ from storage.audit.append import (
 )
 from storage.audit.chain import GENESIS, Head, Keyring
 from storage.audit.event import AuditEvent, detail_text
-from storage.audit.findings import Damage, Verification
+from storage.audit.findings import Damage, Finding, Verification, mark
 from storage.audit.keys import Memory, Seen
-from storage.audit.verify import ACCEPT, ACCEPTED
+from storage.audit.verify import ACCEPT, ACCEPTED, mark_of
 from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
 from storage.kernel.errors import Conflict, InvalidParameter
@@ -63,28 +64,45 @@ def accept(
             f"audit: {found.n_findings} damages are too many to accept one by one"
         )
     with database.write() as connection:
-        head, last = _known_end(connection, memory, keys, found.stream, now_us)
-        accepted = [one.key for one in found.findings]
-        if head.sequence > last:
-            accepted.append(f"{last + 1}:{Damage.MISSING}")
-        begin_anew(connection, head, keys.own)
-        resume = replace(event, action=RESUME)
-        named = replace(event, action=ACCEPT, detail={ACCEPTED: accepted})
-        entries = [
-            entry_of(one, now_us, detail_text(one.detail, DETAIL_BYTES))
-            for one in (resume, named)
+        end, last = _known_end(connection, memory, keys, found.stream, now_us)
+        begin_anew(connection, end, keys.own)
+
+        def write(event: AuditEvent) -> Head:
+            entry = entry_of(event, now_us, detail_text(event.detail, DETAIL_BYTES))
+            return append(
+                connection, found.stream, [entry], keys, now_us, lambda _c, _head: False
+            )[1]
+
+        resumed = write(replace(event, action=RESUME))
+        accepted = [
+            one.key
+            for one in (
+                *found.findings,
+                *_of_resuming(connection, last, end, resumed),
+            )
         ]
-        _, new = append(
-            connection, found.stream, entries, keys, now_us, lambda _c, _head: False
-        )
+        new = write(replace(event, action=ACCEPT, detail={ACCEPTED: accepted}))
     memory.begin_anew(Seen(new.sequence, new.hash, new.time_us))
     return new
 
 
+def _of_resuming(
+    connection: Connection, last: tuple[int, bytes], end: Head, resumed: Head
+) -> Iterator[Finding]:
+    """Yield the damages that going on makes: a gap, and a record behind it."""
+    sequence, record_hash = last
+    if end.sequence > sequence:
+        around = mark(end.sequence, record_hash, resumed.hash)
+        yield Finding(sequence + 1, Damage.MISSING, "", around)
+    as_it_is = mark_of(connection, end.stream, resumed.sequence)
+    for damage in (Damage.UNCHECKED, Damage.ALTERED):
+        yield Finding(resumed.sequence, damage, "", as_it_is)
+
+
 def _known_end(
     connection: Connection, memory: Memory, keys: Keyring, stream: str, now_us: int
-) -> tuple[Head, int]:
-    """Return the head to go on after, and the last record that is there."""
+) -> tuple[Head, tuple[int, bytes]]:
+    """Return the head to go on after, and number and hash of the last record."""
     row = connection.execute(
         select(AuditStream).where(AuditStream.stream == stream).with_for_update()
     ).first()
@@ -101,13 +119,15 @@ def _known_end(
         .limit(1)
     ).first()
     ends = [(head.sequence, head.hash)]
+    there = (head.base_sequence, head.base_hash)
     if last is not None:
-        ends.append((last.sequence, as_bytes(last.hash)))
+        there = (last.sequence, as_bytes(last.hash))
+        ends.append(there)
     ends += _anchored(connection, keys, stream)
     ends += [(seen.sequence, seen.hash) for seen in _remembered(memory)]
     sequence, record_hash = max(ends, key=lambda end: end[0])
     end = replace(head, sequence=sequence, hash=record_hash, time_us=now_us)
-    return end, last.sequence if last is not None else head.base_sequence
+    return end, there
 
 
 def _anchored(

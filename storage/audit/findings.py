@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -9,6 +10,7 @@ from storage.audit.chain import GENESIS
 
 #: Findings that are listed; all are counted.
 LISTED = 100
+_MARK_CHARS = 32
 
 
 class Damage(StrEnum):
@@ -25,6 +27,13 @@ class Damage(StrEnum):
     ANCHOR = "anchor"
     MEMORY = "memory"
     UNKNOWN = "unknown"
+    UNCHECKED = "unchecked"
+
+
+def mark(*found: object) -> str:
+    """Return a digest of what was found: numbers, text, bytes, or nothing."""
+    # ASCII: what counts as printable differs between versions of Python.
+    return hashlib.sha256(ascii(found).encode()).hexdigest()[:_MARK_CHARS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +44,20 @@ class Finding:
     ----------
     sequence : int
         The first record it concerns.
+    mark : str
+        Digest of what was found there: whoever accepts this damage accepts no other
+        one at the same place.
     """
 
     sequence: int
     damage: Damage
     detail: str
+    mark: str = ""
 
     @property
     def key(self) -> str:
         """Return what is damaged, and how: the same in every verification."""
-        return f"{self.sequence}:{self.damage}"
+        return f"{self.sequence}:{self.damage}:{self.mark}"
 
     def __str__(self) -> str:
         return f"record {self.sequence}: {self.damage}: {self.detail}"
@@ -70,7 +83,8 @@ class Verification:
         among `findings`.
     unchecked : int
         Signed records whose contents cannot be checked, because the record before
-        is missing or damaged.
+        is missing or damaged: each is a finding. Before the first record of a part
+        of a chain nothing is missing, so that one is none.
     """
 
     stream: str
@@ -87,9 +101,9 @@ class Verification:
     def is_clean(self) -> bool:
         return not self.n_findings
 
-    def add(self, sequence: int, damage: Damage, detail: str) -> None:
-        """Note one damage."""
-        finding = Finding(sequence, damage, detail)
+    def add(self, sequence: int, damage: Damage, detail: str, *found: object) -> None:
+        """Note one damage, and what makes it this one (`mark`)."""
+        finding = Finding(sequence, damage, detail, mark(*found))
         self.n_findings += 1
         if len(self.findings) < LISTED:
             self.findings.append(finding)

@@ -14,6 +14,8 @@ the last records deleted         ``truncated``: the signed head says how many we
 ... an older signed head, or     ``rolled_back``: this host remembers a later record
 the whole database, put back     in a file outside the database
 head or anchors changed          ``head``, ``anchor``
+a record after one of these      ``unchecked``: whether its contents give its hash,
+                                 only the hash before it could tell
 ===============================  ==================================================
 
 Not detected: what somebody with the key does, unless a hash was noted elsewhere; what
@@ -29,14 +31,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import Connection, LargeBinary, Select, cast, func, select
 from sqlalchemy.exc import OperationalError
 
 from storage.audit import chain
 from storage.audit.append import as_bytes, as_number, head_of
 from storage.audit.chain import ALGORITHMS, CONTENT, Head, Sealer
 from storage.audit.event import clean
-from storage.audit.findings import LISTED, Damage, Verification
+from storage.audit.findings import LISTED, Damage, Verification, mark
 from storage.audit.keys import Memory
 from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
@@ -50,12 +52,13 @@ ACCEPTED = "accepted"
 #: Before every sequence number.
 _BEGINNING = -(2**63)
 
-_RECORD = select(
+_COLUMNS = (
     *(getattr(AuditRecord, name) for name in CONTENT),
     AuditRecord.hash,
     AuditRecord.key_id,
     AuditRecord.mac,
 )
+_RECORD = select(*_COLUMNS)
 _ALG = CONTENT.index("alg")
 _FORMAT = CONTENT.index("format")
 _SEQUENCE = CONTENT.index("sequence")
@@ -152,7 +155,7 @@ class ChainVerifier:
             return (rows[-1][_SEQUENCE] if rows else after), rows
         # SQLite lets text be stored that is none.
         sequence = connection.execute(_sequences(stream, after)).scalar_one()
-        run.unreadable(sequence)
+        run.unreadable(sequence, _bytes_of(connection, stream, sequence))
         return self._next(connection, stream, sequence, run)
 
 
@@ -213,6 +216,20 @@ def _records(stream: str, after: Any, size: int) -> Select[Any]:
     )
 
 
+def _bytes_of(connection: Connection, stream: str, sequence: Any) -> Sequence[Any]:
+    """Return the bytes of a record that the database cannot read as what it is."""
+    columns = (cast(column, LargeBinary) for column in _COLUMNS)
+    query = select(*columns).where(
+        AuditRecord.stream == stream, AuditRecord.sequence == sequence
+    )
+    return connection.execute(query).one()
+
+
+def mark_of(connection: Connection, stream: str, sequence: int) -> str:
+    """Return the mark of a damage that is this record, as it is now."""
+    return mark(*connection.execute(_records(stream, sequence - 1, 1)).one())
+
+
 def _sequences(stream: str, after: Any) -> Select[Any]:
     return (
         select(AuditRecord.sequence)
@@ -231,6 +248,9 @@ class _Run:
         self._begun = False
         self._base = 0
         self._last = 0
+        #: The hash that the last record has, whether right or not.
+        self._stored = chain.GENESIS
+        self._is_part = False
         #: Hashes the next record may follow: more than one after a damaged record,
         #: none after a missing one.
         self._previous: tuple[bytes, ...] = (chain.GENESIS,)
@@ -255,7 +275,7 @@ class _Run:
             for one in (*memory.lost(), *([seen] if seen is not None else [])):
                 self._expect(one.sequence, Point(one.hash, Damage.ROLLED_BACK, detail))
         except InvalidParameter as error:
-            self.done.add(self._last + 1, Damage.MEMORY, str(error))
+            self.done.add(self._last + 1, Damage.MEMORY, str(error), str(error))
 
     def _expect(self, sequence: int, point: Point) -> None:
         self._points.setdefault(sequence, []).append(point)
@@ -271,11 +291,12 @@ class _Run:
         problem = self._head_problem(row, head)
         if problem is not None:
             damage, detail = problem
-            self.done.add(head.sequence, damage, detail)
+            self.done.add(head.sequence, damage, detail, *row)
             # A beginning that nobody signed may hide what was deleted.
             return
         self._base = self._last = head.base_sequence
         self._previous = (head.base_hash,)
+        self._stored = head.base_hash
         self._compare(self._base, head.base_hash)
 
     def _head_problem(self, row: Any, head: Head) -> tuple[Damage, str] | None:
@@ -290,15 +311,15 @@ class _Run:
         """Check the next record."""
         self.done.records += 1
         sequence = row[_SEQUENCE]
-        if not self._comes_next(sequence):
-            return
         stored, key_id, mac = (as_bytes(row[_N]), row[_N + 1], as_bytes(row[_N + 2]))
+        if not self._comes_next(sequence, stored, row):
+            return
         signed = self._signed(sequence, stored, key_id, mac)
         expected = self._expected(row)
         follows = stored in expected
         if not follows or signed is False:
-            self._judge(sequence, follows=follows, signed=signed)
-        self._last = sequence
+            self._judge(row, follows=follows, signed=signed)
+        self._last, self._stored = sequence, stored
         self._is_certain = follows if signed is None else signed
         # A hash that nobody signed is unsure: it may be what was changed.
         self._previous = (stored,) if signed or follows else (stored, *expected)
@@ -325,43 +346,53 @@ class _Run:
             return chain.same(sealer.record(sequence, stored), mac)
         if key_id != self._unknown_key:
             detail = _unknown("from here on", key_id)
-            self.done.add(sequence, Damage.UNKNOWN, detail)
+            self.done.add(sequence, Damage.UNKNOWN, detail, key_id, stored)
             self._unknown_key = key_id
         return None
 
-    def _judge(self, sequence: int, *, follows: bool, signed: bool | None) -> None:
+    def _judge(self, row: Any, *, follows: bool, signed: bool | None) -> None:
+        sequence = row[_SEQUENCE]
         if follows:
             detail = "hashed again: its signature was not made with the key"
-            self.done.add(sequence, Damage.FORGED, detail)
+            self.done.add(sequence, Damage.FORGED, detail, *row)
         elif signed is False:
             detail = "neither its hash nor its signature belong here"
-            self.done.add(sequence, Damage.MISPLACED, detail)
+            self.done.add(sequence, Damage.MISPLACED, detail, *row)
         elif self._is_certain:
             detail = "its contents do not give its hash"
-            self.done.add(sequence, Damage.ALTERED, detail)
+            self.done.add(sequence, Damage.ALTERED, detail, *row)
         else:
             self.done.unchecked += 1
+            if self._is_part and self.done.records == 1:
+                return
+            detail = "its contents cannot be checked without the one before"
+            self.done.add(sequence, Damage.UNCHECKED, detail, *row)
 
-    def _comes_next(self, sequence: Any) -> bool:
+    def _comes_next(self, sequence: Any, stored: bytes, row: Sequence[Any]) -> bool:
         """Tell whether this is a record of the chain; note what is missing."""
         if not isinstance(sequence, int):
             detail = "a record whose sequence number is none"
-            self.done.add(self._last + 1, Damage.EXTRA, detail)
+            self.done.add(self._last + 1, Damage.EXTRA, detail, *row)
             return False
         if sequence <= self._base:
-            self.done.add(sequence, Damage.EXTRA, "before the first record")
+            detail = "before the first record"
+            self.done.add(sequence, Damage.EXTRA, detail, *row)
             return False
-        missing = sequence - self._last - 1
-        if missing:
-            self._miss(missing)
+        if sequence > self._last + 1:
+            self._miss(sequence - 1, stored)
         return True
 
-    def _miss(self, missing: int) -> None:
-        first, last = self._last + 1, self._last + missing
-        detail = "is missing" if missing == 1 else f"to {last} are missing"
-        self.done.add(first, Damage.MISSING, detail)
-        self._previous = ()
-        self._is_certain = False
+    def _miss(self, last: int, after: bytes) -> None:
+        """Note a gap up to `last`; `after` is the hash of the record behind it."""
+        first = self._last + 1
+        detail = "is missing" if first == last else f"to {last} are missing"
+        self.done.add(first, Damage.MISSING, detail, last, self._stored, after)
+        # Where an anchor signs the last of them, the next can be checked still.
+        points = self._points.get(last, ())
+        self._previous = tuple(
+            point.hash for point in points if point.damage is Damage.ANCHOR
+        )
+        self._is_certain = bool(self._previous)
 
     def _expected(self, row: Any) -> tuple[bytes, ...]:
         """Return the hashes the record may have, from what it says."""
@@ -374,20 +405,20 @@ class _Run:
             return ()
         return tuple(chain.link(row[_ALG], one, content) for one in self._previous)
 
-    def unreadable(self, sequence: Any) -> None:
-        """Note a record the database cannot read."""
+    def unreadable(self, sequence: Any, held: Sequence[Any]) -> None:
+        """Note a record the database cannot read, by the bytes it holds."""
         self.done.records += 1
-        if self._comes_next(sequence):
-            self.done.add(sequence, Damage.ALTERED, "it cannot be read")
-            self._last = sequence
+        if self._comes_next(sequence, b"", held):
+            self.done.add(sequence, Damage.ALTERED, "it cannot be read", *held)
+            self._last, self._stored = sequence, b""
             self._previous = ()
             self._is_certain = False
 
     def anchors(self, connection: Connection, rows: Sequence[Any]) -> None:
-        """Take in the anchors that concern `rows`."""
-        first, last = rows[0][_SEQUENCE], rows[-1][_SEQUENCE]
+        """Take in the anchors that concern `rows`, and what is missing before."""
         query = _anchors(self.done.stream).where(
-            AuditAnchor.sequence >= first, AuditAnchor.sequence <= last
+            AuditAnchor.sequence > self._last,
+            AuditAnchor.sequence <= rows[-1][_SEQUENCE],
         )
         for anchor in connection.execute(query):
             if self._is_signed(anchor):
@@ -406,14 +437,14 @@ class _Run:
         )
         if not chain.same(wanted, as_bytes(anchor.mac)):
             detail = "its anchor was changed: its signature does not fit"
-            self.done.add(anchor.sequence, Damage.ANCHOR, detail)
+            self.done.add(anchor.sequence, Damage.ANCHOR, detail, *anchor)
             return False
         return True
 
     def _compare(self, sequence: int, stored: bytes) -> None:
         for point in self._points.pop(sequence, ()):
             if point.hash != stored:
-                self.done.add(sequence, point.damage, point.detail)
+                self.done.add(sequence, point.damage, point.detail, point.hash, stored)
 
     def end(self, connection: Connection, row: Any) -> None:
         """Hold the end of the chain against all that says where it should be."""
@@ -423,7 +454,8 @@ class _Run:
         for anchor in connection.execute(beyond.limit(LISTED)):
             if self._is_signed(anchor):
                 detail = f"an anchor signs record {anchor.sequence}"
-                self.done.add(last + 1, Damage.TRUNCATED, detail)
+                signed = (anchor.sequence, anchor.hash)
+                self.done.add(last + 1, Damage.TRUNCATED, detail, *signed)
         held = connection.scalar(
             select(func.count())
             .select_from(AuditRecord)
@@ -431,13 +463,14 @@ class _Run:
         )
         if held != self.done.records:
             detail = f"{(held or 0) - self.done.records} records have no number"
-            self.done.add(last + 1, Damage.EXTRA, detail)
+            self.done.add(last + 1, Damage.EXTRA, detail, held)
         self.end_alone()
 
     def begin_after(self, sequence: int) -> None:
         """Begin with a part of the chain, whose first record follows `sequence`."""
         self._begun = True
         if sequence > 0:
+            self._is_part = True
             self._base = self._last = sequence
             self._previous = ()
             self._is_certain = False
@@ -447,30 +480,35 @@ class _Run:
         for sequence in sorted(self._points):
             if sequence > self._last:
                 detail = f"record {sequence} was written, as is known elsewhere"
-                self.done.add(self._last + 1, Damage.ROLLED_BACK, detail)
+                known = [point.hash for point in self._points[sequence]]
+                self.done.add(
+                    self._last + 1, Damage.ROLLED_BACK, detail, sequence, *known
+                )
         self.done.leave_out(frozenset(self._accepted))
 
     def _end_at_head(self, row: Any) -> None:
         last = self._last
         if row is None:
             if self.done.records:
-                self.done.add(last, Damage.HEAD, "the head is missing")
+                detail = "the head is missing"
+                self.done.add(last, Damage.HEAD, detail, self._stored)
             return
         head = head_of(row)
         problem = self._head_problem(row, head)
         if problem is not None:
             damage, detail = problem
             if not any(found.detail == detail for found in self.done.findings):
-                self.done.add(head.sequence, damage, detail)
+                self.done.add(head.sequence, damage, detail, *row)
             return
         if head.sequence > last:
             detail = f"the chain ended at record {head.sequence}"
-            self.done.add(last + 1, Damage.TRUNCATED, detail)
+            self.done.add(last + 1, Damage.TRUNCATED, detail, head.sequence, head.hash)
         elif head.sequence < last:
             detail = f"the chain ends at record {head.sequence}"
-            self.done.add(head.sequence + 1, Damage.EXTRA, detail)
+            self.done.add(head.sequence + 1, Damage.EXTRA, detail, last, self._stored)
         elif self.done.records and head.hash != self.done.hash:
-            self.done.add(last, Damage.HEAD, "the head has another hash")
+            detail = "the head has another hash"
+            self.done.add(last, Damage.HEAD, detail, head.hash, self._stored)
 
 
 def _unknown(what: str, key_id: Any) -> str:

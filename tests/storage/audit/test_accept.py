@@ -94,7 +94,8 @@ def test_after_a_backup_was_put_back_no_number_is_used_twice(
     done = verified(database, folder)
     assert done.is_clean, done.findings
     assert [str(one) for one in done.accepted] == [
-        "record 9: missing: to 12 are missing"
+        "record 9: missing: to 12 are missing",
+        "record 13: unchecked: its contents cannot be checked without the one before",
     ]
     assert done.sequence == 15
 
@@ -132,7 +133,7 @@ def test_after_the_key_was_lost_the_audit_goes_on_with_another(
     write(other, 2)
 
     found = verified(chain, folder)
-    assert "1:unknown" in {one.key for one in found.findings}
+    assert (1, Damage.UNKNOWN) in {(one.sequence, one.damage) for one in found.findings}
     accepted(chain, folder, found)
     write(other, 2)
     other.close()
@@ -161,3 +162,119 @@ def test_more_damages_than_can_be_named_are_not_accepted(
         accepted(chain, folder, found)
 
     assert not verified(chain, folder).is_clean
+
+
+#: What is accepted, what is done after, and what must be told then.
+LATER = {
+    "a longer gap": (
+        "DELETE FROM audit_record WHERE sequence BETWEEN 5 AND 6",
+        "DELETE FROM audit_record WHERE sequence BETWEEN 7 AND 9",
+        (5, Damage.MISSING),
+    ),
+    "a gap that begins earlier": (
+        "DELETE FROM audit_record WHERE sequence BETWEEN 5 AND 6",
+        "DELETE FROM audit_record WHERE sequence = 4",
+        (4, Damage.MISSING),
+    ),
+    "another change of a record": (
+        "UPDATE audit_record SET actor = 'eve' WHERE sequence = 5",
+        "UPDATE audit_record SET actor = 'mallory' WHERE sequence = 5",
+        (5, Damage.ALTERED),
+    ),
+    "another hash of a record": (
+        "UPDATE audit_record SET hash = mac WHERE sequence = 5",
+        "UPDATE audit_record SET actor = 'mallory' WHERE sequence = 5",
+        (5, Damage.MISPLACED),
+    ),
+    "another signature of a record": (
+        "UPDATE audit_record SET mac = hash WHERE sequence = 5",
+        "UPDATE audit_record SET mac = NULL_OF_32 WHERE sequence = 5",
+        (5, Damage.FORGED),
+    ),
+    "a change of the record behind a gap": (
+        "DELETE FROM audit_record WHERE sequence = 5",
+        "UPDATE audit_record SET actor = 'eve' WHERE sequence = 6",
+        (6, Damage.UNCHECKED),
+    ),
+    "a change of the record to go on with": (
+        "DELETE FROM audit_record WHERE sequence = 12",
+        "UPDATE audit_record SET reason = 'none' WHERE action = 'audit.resume'",
+        (13, Damage.UNCHECKED),
+    ),
+    "a truncated chain that is longer": (
+        "DELETE FROM audit_record WHERE sequence >= 11",
+        "DELETE FROM audit_record WHERE sequence = 10",
+        (10, Damage.MISSING),
+    ),
+}
+
+
+@pytest.mark.parametrize("later", LATER)
+def test_what_was_accepted_covers_nothing_else_at_its_place(
+    chain: Database, trail: AuditTrail, folder: Path, later: str
+) -> None:
+    before, after, told = LATER[later]
+    empty = "x'00'" if chain.is_sqlite else "'\\x00'::bytea"
+    with attacking(chain) as connection:
+        connection.execute(text(before))
+    accepted(chain, folder, verified(chain, folder))
+    write(trail, 3, first=100)
+    assert verified(chain, folder).is_clean
+
+    with attacking(chain) as connection:
+        connection.execute(text(after.replace("NULL_OF_32", empty)))
+
+    done = verified(chain, folder)
+    assert done.first is not None
+    assert (done.first.sequence, done.first.damage) == told
+
+
+def test_an_anchor_in_a_gap_tells_what_follows_it(
+    database: Database,
+    trail: AuditTrail,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("storage.audit.append.ANCHOR_RECORDS", 4)
+    write(trail, N)
+    with attacking(database) as connection:
+        connection.execute(text("DELETE FROM audit_record WHERE sequence IN (7, 8)"))
+    found = verified(database, folder)
+    assert [(one.sequence, one.damage) for one in found.findings] == [
+        (7, Damage.MISSING)
+    ]
+
+    with attacking(database) as connection:
+        connection.execute(
+            text("UPDATE audit_record SET actor = 'eve' WHERE sequence = 9")
+        )
+
+    found = verified(database, folder)
+    assert [(one.sequence, one.damage) for one in found.findings] == [
+        (7, Damage.MISSING),
+        (9, Damage.ALTERED),
+    ]
+
+
+@on_sqlite
+def test_a_record_that_cannot_be_read_is_accepted_as_it_is(
+    chain: Database, folder: Path
+) -> None:
+    def spoil(data: str) -> None:
+        with attacking(chain) as connection:
+            connection.execute(
+                text(
+                    f"UPDATE audit_record SET actor = CAST(x'{data}' AS TEXT)"  # noqa: S608
+                    " WHERE sequence = 5"
+                )
+            )
+
+    spoil("ff")
+    accepted(chain, folder, verified(chain, folder))
+    assert verified(chain, folder).is_clean
+
+    spoil("fe")
+
+    done = verified(chain, folder)
+    assert done.first is not None
+    assert (done.first.sequence, done.first.damage) == (5, Damage.ALTERED)

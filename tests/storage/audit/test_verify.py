@@ -155,7 +155,7 @@ def test_all_damages_are_found_not_only_the_first(
     assert done.n_findings == 4
 
 
-def test_a_record_after_a_gap_is_counted_as_unchecked(
+def test_a_record_after_a_gap_is_told_as_unchecked(
     chain: Database, folder: Path
 ) -> None:
     with attacking(chain) as connection:
@@ -164,7 +164,8 @@ def test_a_record_after_a_gap_is_counted_as_unchecked(
     done = verified(chain, folder)
 
     assert [str(one) for one in done.findings] == [
-        "record 4: missing: to 5 are missing"
+        "record 4: missing: to 5 are missing",
+        "record 6: unchecked: its contents cannot be checked without the one before",
     ]
     assert done.unchecked == 1
 
@@ -211,7 +212,10 @@ def test_hosts_with_keys_of_their_own_share_a_chain(
     other.close()
 
     done = verified(chain, folder)
-    assert [one.key for one in done.findings] == ["13:unknown", "17:unknown"]
+    assert [(one.sequence, one.damage) for one in done.findings] == [
+        (13, Damage.UNKNOWN),
+        (17, Damage.UNKNOWN),
+    ]
     keys = [own_key(folder), own_key(tmp_path / "other")]
     assert ChainVerifier(chain, keys).verify(STREAM).is_clean
 
@@ -248,7 +252,10 @@ def test_records_in_a_row_with_one_unknown_key_are_one_finding(
 
     done = verified(chain, folder)
 
-    assert [one.key for one in done.findings] == ["3:unknown", "9:unknown"]
+    assert [(one.sequence, one.damage) for one in done.findings] == [
+        (3, Damage.UNKNOWN),
+        (9, Damage.UNKNOWN),
+    ]
 
 
 class TestAnchors:
