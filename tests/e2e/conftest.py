@@ -114,6 +114,7 @@ def open_page(browser: Browser, complaints: list[str]) -> Iterator[Opener]:
 
     def opened(url: str, **options: Any) -> Page:
         options.setdefault("viewport", DESKTOP)
+        options.setdefault("locale", "zh-CN")
         context = browser.new_context(**options)
         context.set_default_timeout(20_000)
         contexts.append(context)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Response
+from PIL import Image
 
 from gateway import pages
 from pacs.services.policy import AccessPolicy
@@ -54,6 +56,23 @@ class Site:
             pass
 
 
+#: What a node with identity and objects answers; here is an index alone.
+beside = APIRouter()
+
+
+@beside.get("/api/v1/me")
+def read_me() -> dict[str, object]:
+    return {"kind": "open", "name": "open", "may": ["find", "measure"]}
+
+
+@beside.get("/dicom-web/studies/{study}/thumbnail")
+def read_thumbnail(study: str) -> Response:
+    """Return a picture as wide as the UID is long."""
+    made = io.BytesIO()
+    Image.new("L", (len(study), 8), 128).save(made, "JPEG")
+    return Response(made.getvalue(), media_type="image/jpeg")
+
+
 def _over(database: Database) -> FastAPI:
     policy = AccessPolicy(our_aes={}, peers=NoPeers(), open_access=True)
     query = QueryService(database=database, limits=Limits())
@@ -62,7 +81,7 @@ def _over(database: Database) -> FastAPI:
         activity.ActivityReader(database, SystemClock()), partial(pages.sums, database)
     )
     return application(
-        [("", page.router), ("/dicom-web", search.router)],
+        [("", page.router), ("/dicom-web", search.router), ("", beside)],
         {
             page.current_actor: lambda: ACTOR,
             page.study_directory: lambda: directory,

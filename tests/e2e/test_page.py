@@ -160,12 +160,107 @@ def test_a_lost_connection_is_told_from_a_refusal(
     page.locator("#text").fill("a")
     expect(page.locator(".state.bad")).to_contain_text("连接不上服务器")
     page.unroute(LIST)
-    page.route(LIST, lambda route: route.fulfill(status=401))
+    page.route(LIST, lambda route: route.fulfill(status=403))
     page.locator("#text").fill("ab")
-    expect(page.locator(".state.bad")).to_contain_text("没有查看权限")
+    expect(page.locator(".state h2")).to_have_text("此账号不查看患者检查")
+    expect(page.locator(".state.bad, .retry, #search")).not_to_be_visible()
 
     assert all("Failed to load resource" in text for text in complaints)
     complaints.clear()
+
+
+def test_an_ended_session_leads_to_the_login_page(
+    site: Site, open_page: Opener, complaints: list[str]
+) -> None:
+    page = ready(open_page(site.url))
+    page.route("**/login?ended", lambda route: route.fulfill(body="the login page"))
+    page.route(LIST, lambda route: route.fulfill(status=401))
+    page.locator("#text").fill("ab")
+
+    page.wait_for_url(f"{site.url}/login?ended")
+
+    assert all("401" in text for text in complaints)
+    complaints.clear()
+
+
+def test_figures_that_are_refused_are_not_asked_for_again(
+    site: Site, open_page: Opener, complaints: list[str]
+) -> None:
+    asked: list[str] = []
+    page = open_page("about:blank")
+    page.clock.install()
+    page.on("request", lambda request: asked.append(request.url))
+    page.route("**/api/v1/activity", lambda route: route.fulfill(status=403))
+    page.goto(site.url)
+    expect(page.locator("#figures")).to_be_hidden()
+    expect(rows(page).first).to_be_visible()
+
+    page.clock.run_for(60_000)
+
+    assert len([url for url in asked if url.endswith("/activity")]) == 1
+    assert all("403" in text for text in complaints)
+    complaints.clear()
+
+
+def test_an_open_node_has_nobody_to_log_out(site: Site, open_page: Opener) -> None:
+    page = ready(open_page(site.url))
+
+    expect(page.locator("#account")).to_be_hidden()
+
+
+def test_a_thumbnail_is_read_once_its_study_is_open(
+    site: Site, open_page: Opener, complaints: list[str]
+) -> None:
+    held: list[Route] = []
+    page = open_page("about:blank")
+    page.route("**/thumbnail", lambda route: held.append(route))  # noqa: PLW0108
+    page.goto(site.url)
+    ready(page)
+    assert held == []
+    page.locator(".opener").nth(2).click()
+    preview = page.locator(".preview")
+    expect(preview.locator(".bone")).to_be_visible()
+    expect(preview).to_have_attribute("aria-busy", "true")
+
+    held.pop().fulfill(status=503)
+    expect(preview).to_contain_text("缩略图读取失败")
+    preview.locator("button").click()
+    page.wait_for_function("document.querySelector('.preview .bone')")
+    held.pop().continue_()
+
+    picture = preview.get_by_alt_text("检查缩略图")
+    expect(picture).to_be_visible()
+    width = len("1.2.826.9.3")
+    assert picture.evaluate("one => one.naturalWidth") == width
+    expect(preview).not_to_have_attribute("aria-busy", "true")
+
+    page.locator(".opener").nth(0).click()
+    expect(page.locator(".preview .bone")).to_be_visible()
+    held.pop().fulfill(status=406)
+    expect(preview).to_have_text("没有缩略图")
+    assert all(re.search("503|406", text) for text in complaints)
+    complaints.clear()
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("width", [320, 360, 390])
+def test_no_choice_is_cut_on_a_phone(
+    site: Site, open_page: Opener, width: int, language: str
+) -> None:
+    page = ready(
+        open_page(
+            f"{site.url}/?lang={language}", viewport={"width": width, "height": 760}
+        )
+    )
+
+    cut = page.locator(".choices").evaluate_all(
+        "all => all.filter(one => one.scrollWidth > one.clientWidth).length"
+    )
+    outside = page.locator(".choices button").evaluate_all(
+        "all => all.filter(one => one.getBoundingClientRect().right > innerWidth)"
+        ".length"
+    )
+    assert (cut, outside) == (0, 0)
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
@@ -395,10 +490,19 @@ def test_series_that_cannot_be_read_can_be_tried_again(
     complaints.clear()
 
 
-def test_the_language_is_chinese_until_one_chooses(
-    site: Site, open_page: Opener
+@pytest.mark.parametrize(
+    ("locale", "lang"), [("en-US", "en"), ("zh-TW", "zh-CN"), ("fr-FR", "zh-CN")]
+)
+def test_the_first_language_is_the_browsers_or_chinese(
+    site: Site, open_page: Opener, locale: str, lang: str
 ) -> None:
-    page = ready(open_page(site.url, locale="en-US"))
+    page = ready(open_page(site.url, locale=locale))
+
+    expect(page.locator("html")).to_have_attribute("lang", lang)
+
+
+def test_the_language_stays_as_one_chose(site: Site, open_page: Opener) -> None:
+    page = ready(open_page(site.url))
     expect(page.locator("html")).to_have_attribute("lang", "zh-CN")
     assert shown_names(page)[2] == "𠮷野𡈽"
     page.locator(".opener").nth(2).click()

@@ -21,7 +21,9 @@ export const TEXTS = {
     noMatchTitle: "没有符合条件的检查", noMatchText: "换个写法，或放宽日期和类型。",
     errorTitle: "列表读取失败", errorNetwork: "连接不上服务器。请检查网络后重试。",
     errorServer: "服务器暂时不能回答（{n}）。", errorInput: "条件的写法不对，请修改后再试。",
-    errorAccess: "没有查看权限。", retry: "重试",
+    retry: "重试", logout: "退出登录", loggedIn: "当前账号", guest: "{n} 的链接",
+    barredTitle: "此账号不查看患者检查", barredText: "管理工作与患者资料分开。要查看检查，请用有阅片权限的账号登录。",
+    preview: "检查缩略图", noPreview: "没有缩略图", previewError: "缩略图读取失败。",
     studyUid: "检查 UID", copy: "复制", copied: "已复制", download: "下载 DICOM（multipart）", getscu: "复制 getscu 命令",
     metadata: "元数据 JSON", number: "序号", part: "部位", seriesDescription: "序列描述",
     noSeries: "没有序列", seriesError: "序列读取失败。", open: "打开", close: "收起",
@@ -45,7 +47,9 @@ export const TEXTS = {
     noMatchTitle: "No study matches", noMatchText: "Try another spelling, or widen dates and modalities.",
     errorTitle: "The list could not be read", errorNetwork: "The server cannot be reached. Check the network and try again.",
     errorServer: "The server cannot answer at the moment ({n}).", errorInput: "A search field has the wrong form.",
-    errorAccess: "You may not see this.", retry: "Try again",
+    retry: "Try again", logout: "Log out", loggedIn: "Logged in as", guest: "Link of {n}",
+    barredTitle: "This account does not see patients' studies", barredText: "Administration is kept apart from patient data. To see studies, log in with an account that reads images.",
+    preview: "Thumbnail of the study", noPreview: "No thumbnail", previewError: "The thumbnail could not be read.",
     studyUid: "Study UID", copy: "Copy", copied: "Copied", download: "Download DICOM (multipart)", getscu: "Copy getscu command",
     metadata: "Metadata JSON", number: "No.", part: "Body part", seriesDescription: "Series description",
     noSeries: "No series", seriesError: "The series could not be read.", open: "Open", close: "Close",
@@ -80,8 +84,10 @@ const stored = {
   },
 };
 
+// What the address says, or was chosen before; else the browser's first that we have.
 function chosenLanguage() {
-  const asked = new URLSearchParams(location.search).get("lang") ?? stored.get() ?? "zh";
+  const known = () => navigator.languages.find((one) => /^(zh|en)\b/i.test(one));
+  const asked = new URLSearchParams(location.search).get("lang") ?? stored.get() ?? known() ?? "zh";
   return asked.toLowerCase().startsWith("en") ? "en" : "zh";
 }
 
@@ -258,22 +264,81 @@ class Refused extends Error {
   }
 }
 
-async function ask(url, accept, control = new AbortController()) {
+// Ask for something and read it. What is asked `inBackground` keeps no session alive:
+// the screen of somebody who went away is logged out.
+async function read(url, accept, reading, { control = new AbortController(), inBackground = false } = {}) {
   const timer = setTimeout(() => control.abort(), REQUEST_MS);
+  const headers = { Accept: accept, ...(inBackground && { "X-Background": "1" }) };
   try {
-    const response = await fetch(url, { headers: { Accept: accept }, signal: control.signal });
+    const response = await fetch(url, { headers, signal: control.signal });
+    if (response.status === 401) return await leave("/login?ended");
     if (!response.ok) throw new Refused(response.status);
-    return response.status === 204 ? null : await response.json();
+    return await reading(response);
   } finally {
     clearTimeout(timer);
   }
 }
 
+function ask(url, accept, options) {
+  return read(url, accept, (response) => (response.status === 204 ? null : response.json()), options);
+}
+
+// Go to another page; until it is there, nobody waits for an answer in vain.
+function leave(url) {
+  $("list").hidden = true;
+  location.replace(url);
+  return new Promise(() => {});
+}
+
 function explain(error) {
   if (!(error instanceof Refused)) return t("errorNetwork");
   if (error.status === 400) return t("errorInput");
-  if (error.status === 401 || error.status === 403) return t("errorAccess");
   return t("errorServer", error.status);
+}
+
+const isBarred = (error) => error instanceof Refused && error.status === 403;
+
+// -- who is there
+
+const session = { me: null };
+
+// Where nobody could say who asks, the answers themselves will tell what is allowed.
+const may = (action) => session.me?.may?.includes(action) ?? true;
+
+// On an open node there is nobody to log out.
+const isLoggedIn = () => ["login", "ticket"].includes(session.me?.kind);
+
+async function meet() {
+  try {
+    session.me = await ask("/api/v1/me", "application/json");
+  } catch {
+    // The list tells of trouble.
+  }
+  paintSession();
+}
+
+function paintSession() {
+  $("account").hidden = !isLoggedIn();
+  document.body.classList.toggle("known", isLoggedIn());
+  if (!isLoggedIn()) return;
+  const { kind, name } = session.me;
+  const shown = clean(kind === "ticket" ? t("guest", name.replace(/^ticket:/, "")) : name);
+  $("account-name").textContent = shown;
+  $("account-name").title = `${t("loggedIn")}: ${shown}`;
+}
+
+async function logOut() {
+  $("logout").disabled = true;
+  try {
+    // Another tab may have renewed the session, and with it the token.
+    await meet();
+    const response = await fetch("/api/v1/logout", { method: "POST", headers: { "X-CSRF-Token": session.me?.csrf ?? "" } });
+    if (!response.ok && response.status !== 401) throw new Refused(response.status);
+    await leave("/login");
+  } catch (error) {
+    $("status").textContent = explain(error);
+    $("logout").disabled = false;
+  }
 }
 
 // -- what is searched
@@ -293,7 +358,7 @@ function wanted() {
 
 // -- the list
 
-const list = { studies: [], cursor: "", pages: 0, loading: null, error: null, open: "", seen: null };
+const list = { studies: [], cursor: "", pages: 0, loading: null, error: null, isBarred: false, open: "", seen: null };
 
 async function load({ append = false } = {}) {
   list.loading?.abort();
@@ -305,7 +370,7 @@ async function load({ append = false } = {}) {
   if (append) query.set("cursor", list.cursor);
   paintBusy(append);
   try {
-    const found = await ask(`/api/v1/study-list?${query}`, "application/json", mine);
+    const found = await ask(`/api/v1/study-list?${query}`, "application/json", { control: mine });
     if (list.loading !== mine) return;
     list.studies = append ? list.studies.concat(found.studies) : found.studies;
     list.cursor = found.cursor;
@@ -321,10 +386,22 @@ async function load({ append = false } = {}) {
   } catch (error) {
     if (list.loading !== mine) return;
     list.loading = null;
+    if (isBarred(error)) {
+      bar();
+      return;
+    }
     list.error = error;
     list.failedAppend = append;
     paint(append ? [] : null);
   }
+}
+
+// Whoever may not see studies is told so, and is not offered to search for any.
+function bar() {
+  Object.assign(list, { isBarred: true, studies: [], cursor: "", error: null });
+  $("search").hidden = true;
+  document.querySelector(".above").hidden = true;
+  paint();
 }
 
 function paintBusy(append) {
@@ -362,7 +439,8 @@ function paint(added = null) {
   $("state").replaceChildren();
   $("state").classList.toggle("bad", Boolean(list.error));
   const count = number(list.studies.length);
-  if (list.error) paintError();
+  if (list.isBarred) paintBarred();
+  else if (list.error) paintError();
   else if (!list.studies.length) paintEmpty();
   else $("status").textContent = t(list.cursor ? "shownMore" : "shown", count);
   $("more").hidden = !list.cursor || Boolean(list.error);
@@ -375,6 +453,10 @@ function paintError() {
   const again = list.failedAppend;
   retry.addEventListener("click", () => load({ append: again }));
   $("state").append(element("h2", { text: t("errorTitle") }), element("p", { text: explain(list.error) }), retry);
+}
+
+function paintBarred() {
+  $("state").append(element("h2", { text: t("barredTitle") }), element("p", { text: t("barredText") }));
 }
 
 function paintEmpty() {
@@ -434,6 +516,7 @@ function shut() {
   open?.querySelector(".opener").setAttribute("aria-expanded", "false");
   document.querySelector(".detail")?.remove();
   list.open = "";
+  dropPreview();
 }
 
 function toggle(made, study) {
@@ -468,9 +551,53 @@ function paintDetail(panel, study) {
       link(`${base}?accept=${encodeURIComponent(MULTIPART)}`, t("download"), `${uid}.multipart`),
       link(`${base}/metadata?accept=${encodeURIComponent("application/dicom+json")}`, t("metadata"), `${uid}.json`),
     ),
-    element("p", { className: "note", text: t("loading"), role: "status" }),
+    element(
+      "div",
+      { className: "body" },
+      element("div", { className: "preview" }),
+      element("div", { className: "series" }, element("p", { className: "note", text: t("loading"), role: "status" })),
+    ),
   );
+  loadPreview(panel.querySelector(".preview"), base);
   loadSeries(panel, base);
+}
+
+// The small picture of the study that is open, and its request.
+const preview = { control: null, address: "" };
+
+function dropPreview() {
+  preview.control?.abort();
+  preview.control = null;
+  if (preview.address) URL.revokeObjectURL(preview.address);
+  preview.address = "";
+}
+
+// It is asked for when a study is opened, not for every line of the list.
+async function loadPreview(frame, base) {
+  dropPreview();
+  const control = new AbortController();
+  preview.control = control;
+  frame.setAttribute("aria-busy", "true");
+  frame.replaceChildren(element("span", { className: "bone" }));
+  try {
+    const picture = await read(`${base}/thumbnail`, "image/jpeg, image/png", (response) => response.blob(), { control });
+    if (preview.control !== control) return;
+    preview.address = URL.createObjectURL(picture);
+    const image = element("img", { src: preview.address, alt: t("preview") });
+    await image.decode();
+    if (preview.control === control) frame.replaceChildren(image);
+  } catch (error) {
+    if (preview.control !== control) return;
+    // Reports and the like have no picture: that is no failure.
+    const isNone = error instanceof Refused && error.status < 500 && error.status !== 429;
+    frame.replaceChildren(element("span", { text: t(isNone ? "noPreview" : "previewError") }));
+    if (isNone) return;
+    const retry = element("button", { type: "button", className: "quiet", text: t("retry") });
+    retry.addEventListener("click", () => loadPreview(frame, base));
+    frame.append(retry);
+  } finally {
+    if (preview.control === control) frame.removeAttribute("aria-busy");
+  }
 }
 
 async function loadSeries(panel, base) {
@@ -527,7 +654,7 @@ function seriesTable(rows) {
 
 // -- figures
 
-const figures = { last: null };
+const figures = { last: null, isBarred: false };
 
 function paintFigures() {
   if (!figures.last) return;
@@ -557,20 +684,31 @@ function paintFigures() {
 }
 
 async function poll() {
-  if (document.visibilityState === "visible") {
-    try {
-      figures.last = await ask("/api/v1/activity", "application/json");
-      paintFigures();
-      noticeArrivals(figures.last.totals);
-    } catch {
-      // The figures stay as they are; the list tells of trouble.
-    }
-  }
+  if (document.visibilityState === "visible") await look();
   setTimeout(poll, POLL_MS);
 }
 
+// Look for news, and whether the session lives: this page leaves when it does not.
+async function look() {
+  figures.isBarred ||= !may("measure");
+  $("figures").hidden = figures.isBarred;
+  try {
+    if (figures.isBarred) {
+      if (isLoggedIn()) await ask("/api/v1/me", "application/json", { inBackground: true });
+      return;
+    }
+    figures.last = await ask("/api/v1/activity", "application/json", { inBackground: true });
+    paintFigures();
+    noticeArrivals(figures.last.totals);
+  } catch (error) {
+    // Else the figures stay as they are; the list tells of trouble.
+    figures.isBarred ||= isBarred(error);
+    $("figures").hidden = figures.isBarred;
+  }
+}
+
 function noticeArrivals(totals) {
-  if (list.loading || list.error) return;
+  if (list.loading || list.error || list.isBarred) return;
   if (!list.studies.length && !wanted().toString()) {
     if (totals.studies) load();
     return;
@@ -644,10 +782,15 @@ $("clear").addEventListener("click", () => {
 });
 $("fresh").addEventListener("click", () => load());
 $("more").addEventListener("click", () => load({ append: true }));
+$("logout").addEventListener("click", logOut);
+document.addEventListener("visibilitychange", () => { if (document.visibilityState === "visible") look(); });
+// A browser's "back" brings no patients back after one has logged out.
+addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); });
 $("language").addEventListener("click", () => {
   language = language === "zh" ? "en" : "zh";
   stored.set(language);
   translate();
+  paintSession();
   paintFigures();
   if (list.loading) return;
   const open = list.studies.findIndex((study) => study.study_instance_uid === list.open);
@@ -698,8 +841,15 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+async function begin() {
+  paintBusy(false);
+  await meet();
+  if (may("find")) load();
+  else bar();
+  poll();
+}
+
 translate();
 // A browser may bring back what was typed before.
 pressPeriod();
-load();
-poll();
+begin();
