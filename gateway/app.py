@@ -463,6 +463,7 @@ def _background(
         peers=node.peers,
         sender=PeerSender(node.retrieve, outgoing, settings.dimse.aet),
         clock=node.clock,
+        trail=node.audit,
     )
     committing = commitment(node)
     for_days = Retry(give_up_seconds=DELIVERY_DAYS * 86_400)

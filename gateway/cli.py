@@ -161,6 +161,7 @@ def _import(node: Node, paths: list[Path], tenant: str = "default") -> ImportSum
     from rich.progress import TimeRemainingColumn as Remaining
 
     from gateway.importer import count_files, import_paths
+    from gateway.transfers import ImportRecording
 
     class Bar:
         n_bytes = 0
@@ -173,6 +174,7 @@ def _import(node: Node, paths: list[Path], tenant: str = "default") -> ImportSum
             self.n_bytes += n_bytes
             bar.update(task, advance=1, size=f"{self.n_bytes / 1e6:.0f} MB")
 
+    recording = ImportRecording(node.audit, paths, tenant)
     bar = Progress(
         TextColumn("importing"),
         BarColumn(),
@@ -182,16 +184,18 @@ def _import(node: Node, paths: list[Path], tenant: str = "default") -> ImportSum
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    with bar:
+    with recording, bar:
         task = bar.add_task("import", total=count_files(paths), size="")
-        return import_paths(
+        recording.summary = import_paths(
             node.ingest,
             paths,
             limits=node.settings.limits,
             tenant=tenant,
             accept_without_preamble=node.settings.pacs.accept_files_without_preamble,
             progress=Bar(),
+            accepted=recording.accepted,
         )
+        return recording.summary
 
 
 def print_summary(summary: ImportSummary) -> None:

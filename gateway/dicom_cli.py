@@ -23,10 +23,9 @@ from storage.kernel.uids import is_uid
 
 if TYPE_CHECKING:
     from gateway.app import Node
-    from gateway.sending import SendReport
+    from gateway.sending import FileInstance, SendReport
     from pacs.dimse.client import RemoteAssociation, Wanted
     from pacs.dimse.deliver import Outgoing
-    from pacs.dimse.send import Sendable
     from pacs.domain.study import StoredInstance
     from pacs.services.forwarding import Fate
     from pacs.services.policy import KnownPeer
@@ -215,6 +214,7 @@ def _send(
     from rich.progress import Progress
 
     from gateway.sending import FileSource, files_to_send, send_with_attempts
+    from gateway.transfers import SendRecording
 
     settings = node.settings
     how = outgoing(settings)
@@ -232,11 +232,17 @@ def _send(
     def open_association(contexts: Sequence[Wanted]) -> RemoteAssociation:
         return how.open(peer, settings.dimse.aet, contexts)
 
-    with Progress(transient=True, disable=verbose or not sys.stderr.isatty()) as bar:
+    with (
+        SendRecording(node.audit, peer, tenant, [*files, *stored]) as recording,
+        Progress(transient=True, disable=verbose or not sys.stderr.isatty()) as bar,
+    ):
         task = bar.add_task("sending", total=len(files) + len(stored))
 
-        def told(instance: Sendable, fate: Fate, reason: str) -> None:
+        def told(
+            instance: FileInstance | StoredInstance, fate: Fate, reason: str
+        ) -> None:
             bar.advance(task)
+            recording.count(instance, fate, reason)
             if verbose:
                 typer.echo(f"  {fate:<8}{instance.sop_instance_uid}  {reason}")
 

@@ -26,7 +26,7 @@ from gateway.unpack import (
     is_zip,
     referenced_files,
 )
-from pacs.domain.study import Arrival, Ingest, Outcome, Spool
+from pacs.domain.study import Accepted, Arrival, Ingest, Outcome, Spool
 from pacs.imaging.part10 import MAX_FILE_META, PREAMBLE, FileMeta, read_file_meta
 from storage.kernel.errors import ImagingError, MalformedObject, TooLarge, Unavailable
 from storage.kernel.limits import MIB, Limits
@@ -108,6 +108,7 @@ def import_paths(
     tenant: str = DEFAULT_TENANT,
     accept_without_preamble: bool = False,
     progress: ImportProgress | None = None,
+    accepted: Callable[[Accepted], None] | None = None,
 ) -> ImportSummary:
     """Store what `paths` hold.
 
@@ -118,6 +119,9 @@ def import_paths(
         names; symbolic links below them are not followed.
     accept_without_preamble : bool
         Take bare data sets too.
+    accepted : callable, optional
+        Called with what became of each object that was stored, or was already; from
+        several threads. `Unavailable` ends the import.
     """
     importer = _Importer(
         ingest,
@@ -125,6 +129,7 @@ def import_paths(
         tenant=TenantId(tenant),
         accept_without_preamble=accept_without_preamble,
         progress=progress,
+        accepted=accepted,
     )
     return importer.run(paths)
 
@@ -143,7 +148,9 @@ class _Importer:
         tenant: TenantId,
         accept_without_preamble: bool,
         progress: ImportProgress | None,
+        accepted: Callable[[Accepted], None] | None,
     ) -> None:
+        self._accepted = accepted
         self._ingest = ingest
         self._limits = limits
         self._bare = accept_without_preamble
@@ -254,7 +261,9 @@ class _Importer:
             return
         try:
             with opener() as stream:
-                size, outcome = self._store(name, stream)
+                size, accepted = self._store(name, stream)
+            if self._accepted is not None:
+                self._accepted(accepted)
         except _NotDicom as error:
             if named:
                 self._reject(name, str(error))
@@ -269,9 +278,10 @@ class _Importer:
         except OSError as error:
             self._reject(name, error.strerror or "cannot be read")
         else:
-            self._count("stored" if outcome is Outcome.STORED else "duplicate", size)
+            is_new = accepted.outcome is Outcome.STORED
+            self._count("stored" if is_new else "duplicate", size)
 
-    def _store(self, name: str, stream: Stream) -> tuple[int, Outcome]:
+    def _store(self, name: str, stream: Stream) -> tuple[int, Accepted]:
         head = _read(stream, HEAD)
         meta = self._file_meta(head)
         if meta.sop_class_uid == MEDIA_STORAGE_DIRECTORY:
@@ -285,12 +295,12 @@ class _Importer:
             arrival = self._arrival(
                 source, meta, memoryview(data), Digest(hashlib.sha256(data).digest())
             )
-            return len(data), self._ingest.accept(arrival).outcome
+            return len(data), self._ingest.accept(arrival)
         return self._store_large(source, meta, data, stream)
 
     def _store_large(
         self, source: Source, meta: FileMeta, start: bytes, stream: Stream
-    ) -> tuple[int, Outcome]:
+    ) -> tuple[int, Accepted]:
         uids = {
             "sop_class_uid": meta.sop_class_uid,
             "sop_instance_uid": meta.sop_instance_uid,
@@ -310,7 +320,7 @@ class _Importer:
                 spool.write(chunk)
                 chunk = stream.read(MIB)
             arrival = self._arrival(source, meta, spool, Digest(digest.digest()))
-            return size, self._ingest.accept(arrival).outcome
+            return size, self._ingest.accept(arrival)
         except BaseException:
             spool.abort()
             raise

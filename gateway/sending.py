@@ -41,6 +41,7 @@ class FileInstance:
     transfer_syntax_uid: str
     dataset_offset: int
     size: int
+    study_instance_uid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,19 @@ def _described(path: Path) -> FileInstance | None:
         meta.transfer_syntax_uid,
         meta.dataset_offset,
         size,
+        _study_of(path),
     )
+
+
+def _study_of(path: Path) -> str:
+    """Return the Study Instance UID (0020,000D) of a file; empty: none can be read."""
+    from pydicom import dcmread
+
+    try:
+        ds = dcmread(path, stop_before_pixels=True, specific_tags=[0x0020000D])
+        return str(ds.get("StudyInstanceUID", ""))[:64]
+    except Exception:  # noqa: BLE001  # whatever a file holds, it may be sent
+        return ""
 
 
 @dataclass(slots=True)

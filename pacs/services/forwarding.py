@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -25,10 +26,11 @@ from pacs.domain.study import StoredInstance
 from pacs.repository.tables import Forwarding, Instance, Series, Study
 from pacs.services.policy import KnownPeer
 from pacs.services.retrieve import RetrieveService
+from storage.audit import AuditEvent, Outcome
 from storage.db.engine import Database
 from storage.kernel.clock import Clock
-from storage.kernel.errors import DependencyDown, NotFound
-from storage.kernel.types import Actor, Role, TenantId
+from storage.kernel.errors import DependencyDown, ImagingError, NotFound
+from storage.kernel.types import Actor, Purpose, Role, TenantId
 from storage.outbox import Event
 from storage.packs.format import PREFIX_LENGTH, decode_header
 from storage.packs.reader import PackGone, PackReader
@@ -87,14 +89,25 @@ class Sender(Protocol):
         ...
 
 
+class Trail(Protocol):
+    """The audit trail."""
+
+    def record_now(self, event: AuditEvent) -> None:
+        """Record something; it is durable when this returns."""
+        ...
+
+
 @dataclass(slots=True)
 class _Progress:
-    """What one attempt did."""
+    """What one attempt did; `reason`: the first of what is tried again, `refusal`:
+    of what is not.
+    """
 
     counts: dict[Fate, int] = field(default_factory=lambda: dict.fromkeys(Fate, 0))
     dealt_with: list[int] = field(default_factory=list)
     noted_at: float = field(default_factory=time.monotonic)
     reason: str = ""
+    refusal: str = ""
 
 
 class ForwardingService:
@@ -104,6 +117,8 @@ class ForwardingService:
     ----------
     reader : PackReader
         Reads the headers of records, for the loop guard.
+    trail : Trail, optional
+        Where each attempt is recorded: before anything leaves, and how it ended.
     """
 
     def __init__(
@@ -115,7 +130,9 @@ class ForwardingService:
         peers: ForwardPeers,
         sender: Sender,
         clock: Clock,
+        trail: Trail | None = None,
     ) -> None:
+        self._trail = trail
         self._database = database
         self._retrieve = retrieve
         self._reader = reader
@@ -150,7 +167,8 @@ class ForwardingService:
         Raises
         ------
         DependencyDown
-            The peer is not there, or is short of something: try again later.
+            The peer is not there, or is short of something, or what is to leave
+            cannot be recorded: try again later.
         """
         peer = self._peers.find(payload["peer"])
         if peer is None or not peer.forward:
@@ -169,7 +187,8 @@ class ForwardingService:
         chosen = [one for one in held if one.pk in wanted]
         fresh = [one for one in chosen if not self._came_from(one, peer.title)]
         progress = _Progress()
-        self._send(peer, study_pk, fresh, progress)
+        with self._recorded(actor, payload["study"], peer, len(fresh), progress):
+            self._send(peer, study_pk, fresh, progress)
         counts = progress.counts
         if counts[Fate.RETRY]:
             raise DependencyDown(
@@ -197,6 +216,8 @@ class ForwardingService:
                 progress.reason = progress.reason or reason
                 return
             progress.dealt_with.append(instance.pk)
+            if fate is Fate.REFUSED:
+                progress.refusal = progress.refusal or reason
             if fate is Fate.REFUSED and progress.counts[fate] <= MAX_LOGGED:
                 log.warning(
                     "forwarded instance refused: %s",
@@ -216,6 +237,57 @@ class ForwardingService:
             self._sender.send(peer, instances, done)
         finally:
             self._note(peer.title, study_pk, progress)
+
+    @contextmanager
+    def _recorded(
+        self,
+        actor: Actor,
+        study_uid: str,
+        peer: KnownPeer,
+        n_instances: int,
+        progress: _Progress,
+    ) -> Iterator[None]:
+        """Record what is about to leave, and after the attempt what has left."""
+        if self._trail is None or not n_instances:
+            yield
+            return
+        where = {"destination": peer.title, "address": f"{peer.host}:{peer.port}"}
+        begun = AuditEvent(
+            action="forward",
+            actor=actor.name,
+            tenant=actor.tenant,
+            roles=sorted(actor.roles),
+            door="worker",
+            object_kind="study",
+            study_uid=study_uid,
+            purpose=Purpose.OPERATION.value,
+            detail={**where, "instances": n_instances},
+        )
+        self._trail.record_now(begun)
+        failure = "interrupted"
+        try:
+            yield
+            failure = progress.reason or progress.refusal
+        except ImagingError as error:
+            failure = str(error)
+            raise
+        finally:
+            counts = progress.counts
+            sent = counts[Fate.STORED] + counts[Fate.NOTED]
+            refused = counts[Fate.REFUSED]
+            ended = replace(
+                begun,
+                action="forward.end",
+                outcome=Outcome.ERROR if failure else Outcome.ALLOW,
+                reason=failure,
+                detail={
+                    **where,
+                    "sent": sent,
+                    "refused": refused,
+                    "left": n_instances - sent - refused,
+                },
+            )
+            self._trail.record_now(ended)
 
     def _came_from(self, instance: StoredInstance, title: str) -> bool:
         """Tell whether the peer itself sent us the object."""

@@ -107,6 +107,7 @@ class Archive:
             peers=node.peers,
             sender=PeerSender(node.retrieve, Outgoing(TIMEOUTS), self.aet),
             clock=node.clock,
+            trail=node.audit,
         )
 
     def jobs_of(self, name: str, kinds: frozenset[str], handler: Follow) -> list[Any]:

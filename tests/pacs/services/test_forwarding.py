@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from pacs.domain.study import StoredInstance
 from pacs.services.forwarding import FOLLOWER, KINDS, Fate, ForwardingService
 from pacs.services.policy import KnownPeer
+from storage.audit import AuditEvent
 from storage.kernel.errors import DependencyDown
 from storage.kernel.types import Actor, Door, Role, Source, TenantId
 from tests.support.archive import ADMIN, Archive, archive
+from tests.support.auditing import records
 from tests.support.datasets import a_study, ct_slice
 from tests.support.dicom_peers import PyScp
 
@@ -64,6 +67,7 @@ def forwarding(node: Archive, sender: MemorySender) -> ForwardingService:
         peers=node.node.peers,
         sender=sender,
         clock=node.node.clock,
+        trail=node.node.audit,
     )
 
 
@@ -218,3 +222,74 @@ def test_d07_a_real_peer_that_comes_and_goes(node: Archive) -> None:
     [job] = settled(node, service)
     with pytest.raises(DependencyDown, match="TCP"):
         service.work(job)
+
+
+def audited(node: Archive) -> list[tuple[str, str, str, dict[str, Any]]]:
+    return [
+        (one.action, one.outcome, one.reason or "", orjson.loads(one.detail))
+        for one in records(node.node.database)
+        if (one.actor, one.door, one.study_uid) == ("forwarding", "worker", STUDY)
+    ]
+
+
+def test_each_attempt_is_recorded_before_anything_leaves_and_at_its_end(
+    node: Archive, forwarding: ForwardingService, sender: MemorySender
+) -> None:
+    node.add_peer("PEER", 104, forward=True)
+    node.store_all(a_study(n_instances=4))
+    sender.breaks_at, sender.fates = 1, {2: Fate.REFUSED}
+    [job] = settled(node, forwarding)
+
+    with pytest.raises(DependencyDown):
+        forwarding.work(job)
+    forwarding.work(job)
+    assert forwarding.work(job)["sent"] == 0
+
+    where = {"destination": "PEER", "address": "127.0.0.1:104"}
+    assert audited(node) == [
+        ("forward", "allow", "", {**where, "instances": 4}),
+        (
+            "forward.end", "error", "TCP: Connection refused",
+            {**where, "sent": 1, "refused": 0, "left": 3},
+        ),
+        ("forward", "allow", "", {**where, "instances": 3}),
+        (
+            "forward.end", "error", "a reason",
+            {**where, "sent": 2, "refused": 1, "left": 0},
+        ),
+    ]  # fmt: skip
+
+
+def test_what_went_well_is_recorded_so(
+    node: Archive, forwarding: ForwardingService
+) -> None:
+    node.add_peer("PEER", 104, forward=True)
+    node.store_all(a_study(n_instances=2))
+    [job] = settled(node, forwarding)
+
+    forwarding.work(job)
+
+    assert [(one[0], one[1]) for one in audited(node)] == [
+        ("forward", "allow"), ("forward.end", "allow"),
+    ]  # fmt: skip
+
+
+def test_nothing_is_forwarded_that_cannot_be_recorded(
+    node: Archive,
+    forwarding: ForwardingService,
+    sender: MemorySender,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def down(_event: AuditEvent) -> None:
+        raise DependencyDown("audit: down")
+
+    node.add_peer("PEER", 104, forward=True)
+    node.store_all(a_study(n_instances=2))
+    [job] = settled(node, forwarding)
+    with monkeypatch.context() as patch:
+        patch.setattr(node.node.audit, "record_now", down)
+        with pytest.raises(DependencyDown, match="audit"):
+            forwarding.work(job)
+
+    assert sender.sent == []
+    assert forwarding.work(job)["sent"] == 2
