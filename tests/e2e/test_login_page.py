@@ -153,7 +153,16 @@ def test_a_ticket_s_link_shows_its_study_and_no_other(
     stranger = open_page(closed.url + issued["url"])
     expect(stranger).to_have_title("登录 · 互影 Huying")
     expect(stranger.locator("#note")).to_contain_text("已经用过或已过期")
+    expect(stranger.locator("#home")).to_be_hidden()
     assert stranger.url == closed.url + "/login"
+    # Whose session shows something else may go on with that.
+    other = doctor.post("/api/v1/tickets", {"study": uid(2)}).json()
+    stranger.goto(closed.url + other["url"])
+    assert len(studies(stranger)) == 1
+    stranger.goto(closed.url + issued["url"])
+    expect(stranger.locator("#note")).to_contain_text("已经用过或已过期")
+    stranger.locator("#home").click()
+    assert len(studies(stranger)) == 1
 
 
 def test_the_viewer_without_a_session_is_the_login_page(

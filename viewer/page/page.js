@@ -16,7 +16,7 @@ export const TEXTS = {
     updated: "最近接收", more: "显示更多", zone: "接收时间为北京时间",
     unnamed: "（无姓名）", undated: "无日期", undescribed: "无描述",
     male: "男", female: "女", other: "其他", years: "{n} 岁", months: "{n} 个月", days: "{n} 天",
-    loading: "正在读取…", shown: "{n} 个检查", shownMore: "已显示 {n} 个检查，还有更多",
+    loading: "正在读取…", shown: "{n} 个检查", shownOne: "{n} 个检查", shownMore: "已显示 {n} 个检查，还有更多",
     emptyTitle: "还没有检查", emptyText: "把第一个检查发到本节点，它会在这里出现：",
     noMatchTitle: "没有符合条件的检查", noMatchText: "换个写法，或放宽日期和类型。",
     errorTitle: "列表读取失败", errorNetwork: "连接不上服务器。请检查网络后重试。",
@@ -42,7 +42,7 @@ export const TEXTS = {
     updated: "Received", more: "Show more", zone: "Times of receipt are Beijing time",
     unnamed: "(no name)", undated: "No date", undescribed: "No description",
     male: "M", female: "F", other: "Other", years: "{n} y", months: "{n} mo", days: "{n} d",
-    loading: "Loading…", shown: "{n} studies", shownMore: "{n} studies shown, there are more",
+    loading: "Loading…", shown: "{n} studies", shownOne: "{n} study", shownMore: "{n} studies shown, there are more",
     emptyTitle: "No studies yet", emptyText: "Send the first study to this node and it appears here:",
     noMatchTitle: "No study matches", noMatchText: "Try another spelling, or widen dates and modalities.",
     errorTitle: "The list could not be read", errorNetwork: "The server cannot be reached. Check the network and try again.",
@@ -442,7 +442,7 @@ function paint(added = null) {
   if (list.isBarred) paintBarred();
   else if (list.error) paintError();
   else if (!list.studies.length) paintEmpty();
-  else $("status").textContent = t(list.cursor ? "shownMore" : "shown", count);
+  else $("status").textContent = t(list.cursor ? "shownMore" : list.studies.length === 1 ? "shownOne" : "shown", count);
   $("more").hidden = !list.cursor || Boolean(list.error);
   continueAtEnd();
 }
