@@ -34,6 +34,21 @@ _DAY_CHARS = len("2026-01-31")
 _DAY_US = 86_400 * 1_000_000
 
 
+#: What records can say was asked for: actions of the policy, and what services do.
+ACTIONS = frozenset(
+    {
+        *(action.value for action in Action),
+        "account.add", "account.disable", "account.enable", "account.password",
+        "account.reset", "account.roles", "account.totp", "account.totp_begin",
+        "account.totp_reset", "associate", "audit.accept", "audit.export",
+        "audit.resume", "audit.search", "audit.verify", "forward", "forward.end",
+        "import", "import.end", "login", "logout", "peer.add", "peer.change",
+        "peer.remove", "send", "send.end", "ticket.exchange", "ticket.issue",
+        "token.add", "token.revoke",
+    }
+)  # fmt: skip
+
+
 class Reader(Protocol):
     """Who searches the audit."""
 
@@ -152,8 +167,11 @@ def query_of(
     Raises
     ------
     InvalidParameter
-        `since` or `until` is no time.
+        `since` or `until` is no time, or nothing is recorded as `action`.
     """
+    if action and action not in ACTIONS:
+        known = ", ".join(sorted(ACTIONS))
+        raise InvalidParameter("action", f"{action} is none of {known}")
     until_us = instant("until", until)
     if until_us is not None and len(until) == _DAY_CHARS:
         until_us += _DAY_US - 1

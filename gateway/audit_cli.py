@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gateway.options import Config, Data, settings_for
+from gateway.options import Config, Data, require_node, settings_for
 from storage.kernel.errors import Conflict, InvalidParameter, Unavailable
 
 if TYPE_CHECKING:
@@ -55,17 +54,10 @@ class _Opened:
 
 
 def _event(action: str, **fields: Any) -> AuditEvent:
-    """Return the event of somebody at the machine itself."""
-    from storage.audit import AuditEvent
+    """Return the event of whoever runs the command."""
+    from gateway.console import command_event
 
-    return AuditEvent(
-        action=action,
-        actor=getpass.getuser(),
-        roles=("system",),
-        door="cli",
-        object_kind="audit records",
-        **fields,
-    )
+    return command_event(action, object_kind="audit records", **fields)
 
 
 @contextmanager
@@ -77,6 +69,7 @@ def _opened(data: Path | None, config: Path | None) -> Iterator[_Opened]:
     from storage.kernel.clock import SystemClock
 
     settings = settings_for(data, config)
+    require_node(settings)
     migrate.require_current(settings.database_url())
     database = Database(settings.database_url())
     folder = settings.data / FOLDER
@@ -266,7 +259,11 @@ def search(
     data: Data = None,
     config: Config = None,
 ) -> None:
-    """List records that match all that is given, newest first."""
+    """List records that match all that is given, newest first.
+
+    A line has what the heading says, then what the access was done to: its kind, and
+    what is known of patient, study, series and name.
+    """
     import orjson
 
     from gateway.audit import PatientStudies, query_of
@@ -282,6 +279,8 @@ def search(
         studies = PatientStudies(audit.database).of_patient(None, patient)
         query = replace(query, studies=studies)
         reader, cursor, left = AuditReader(audit.database), None, limit
+        if not json_lines:
+            typer.echo(_heading())
         while left > 0:
             page = reader.search(None, query, left, cursor)
             for row in page.records:
@@ -294,6 +293,11 @@ def search(
             cursor = page.next
             if cursor is None:
                 break
+
+
+def _heading() -> str:
+    cells = [f"{name:<{width}}" for name, width in _COLUMNS]
+    return " ".join([*cells, "object and (reason)"])
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
-from gateway.audit import instant
+from gateway.audit import ACTIONS, instant
 from storage.audit import AuditEvent, Outcome
 from storage.kernel.errors import InvalidParameter
 from storage.kernel.types import TenantId
@@ -209,3 +211,52 @@ def test_instants_keep_their_microseconds() -> None:
     assert instant("since", "1969-12-31T23:59:59.999999Z") == -1
     with pytest.raises(InvalidParameter, match="since"):
         instant("since", "2026-1-31")
+
+
+#: Functions that are given the name of what is recorded.
+_NAMING = {
+    "AuditEvent", "_changing", "_event", "_record", "_refuse", "command_event", "note",
+    "record", "refusals", "refuse", "replace",
+}  # fmt: skip
+
+
+def names_in(source: str) -> Iterator[str]:
+    """Yield the dotted names that calls in `source` record, and ``action=``."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        name = getattr(function, "attr", getattr(function, "id", ""))
+        if name not in _NAMING:
+            continue
+        given = [one for one in node.args if isinstance(one, ast.Constant)]
+        for one in given:
+            if isinstance(one.value, str) and re.fullmatch(
+                r"[a-z]+\.[a-z_]+", one.value
+            ):
+                yield one.value
+        for keyword in node.keywords:
+            if keyword.arg == "action" and isinstance(keyword.value, ast.Constant):
+                yield str(keyword.value.value)
+
+
+def test_every_action_that_is_recorded_is_known() -> None:
+    root = Path(__file__).parents[2]
+    sources = [
+        path.read_text("utf-8")
+        for package in ("ai", "gateway", "pacs", "storage", "viewer", "xds")
+        for path in (root / package).rglob("*.py")
+    ]
+
+    named = {name for source in sources for name in names_in(source)}
+
+    assert {"account.add", "audit.verify", "forward.end", "associate"} <= named
+    assert named <= ACTIONS
+
+
+def test_an_unknown_action_is_refused(auditor: Browser) -> None:
+    answer = auditor.get(f"{AUDIT}?action=reed")
+
+    assert answer.status == 400
+    assert "reed is none of account.add" in answer.text
+    assert auditor.get(f"{AUDIT}?action=peer.change").status == 200

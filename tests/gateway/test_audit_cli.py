@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import stat
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from sqlalchemy import text
 from typer.testing import CliRunner, Result
 
 from gateway import cli
+from gateway.console import operator
+from gateway.options import NoNode
 from storage.audit import AuditEvent, AuditTrail, Outcome
 from storage.db import migrate
 from storage.db.engine import Database
@@ -65,7 +68,7 @@ class TestVerify:
         assert done.exit_code == 0, done.output
         assert "access: 6 records" in done.output
         assert "the chain is whole" in done.output
-        assert run(data, "search", "--action", "audit.verify").output.count("\n") == 1
+        assert run(data, "search", "--action", "audit.verify").output.count("\n") == 2
 
     def test_a_damage_ends_with_1_and_names_the_record(self, data: Path) -> None:
         attack(data, "UPDATE audit_record SET actor = 'x' WHERE sequence IN (3, 5)")
@@ -101,10 +104,26 @@ class TestVerify:
         assert isinstance(done.exception, InvalidParameter)
 
     def test_an_index_that_is_not_up_to_date_is_told(self, tmp_path: Path) -> None:
+        url = Settings(data=tmp_path).database_url()
+        migrate.upgrade(url)
+        migrate.downgrade(url, "-1")
+
         done = run(tmp_path, "verify")
 
         assert isinstance(done.exception, ImagingError)
         assert "db upgrade" in str(done.exception)
+
+    @pytest.mark.parametrize("command", ["verify", "search", "export", "accept"])
+    def test_a_folder_without_a_node_is_not_found_whole(
+        self, tmp_path: Path, command: str
+    ) -> None:
+        options = ("--reason", "none") if command == "accept" else ()
+        for folder in (tmp_path, tmp_path / "typo"):
+            done = run(folder, command, *options)
+
+            assert isinstance(done.exception, NoNode), done.output
+            assert "run huying init" in str(done.exception)
+        assert list(tmp_path.iterdir()) == []
 
     def test_what_an_attacker_named_does_not_reach_the_terminal(
         self, data: Path
@@ -221,8 +240,16 @@ class TestSearch:
         done = run(data, "search", "--outcome", "deny")
 
         assert done.exit_code == 0
-        (line,) = done.output.splitlines()
-        assert "eve␊" in line
+        heading, line = done.output.splitlines()
+        assert heading.split()[:5] == [
+            "sequence", "time", "outcome", "actor", "action",
+        ]  # fmt: skip
+        for name, value in (
+            ("outcome", "deny"),
+            ("actor", "eve␊"),
+            ("object", "1.2.3"),
+        ):
+            assert line[heading.index(name) :].startswith(value)
         assert "1.2.3" in line
         assert line.endswith("(other tenant)")
 
@@ -246,15 +273,45 @@ class TestSearch:
         done = run(data, "search")
 
         assert "\x1b" not in done.output
-        assert len(done.output.splitlines()) == 7
+        assert len(done.output.splitlines()) == 8
 
     @pytest.mark.parametrize(
-        "options", [("--outcome", "maybe"), ("--since", "soon"), ("--until", "2026-1")]
+        "options",
+        [
+            ("--outcome", "maybe"),
+            ("--since", "soon"),
+            ("--until", "2026-1"),
+            ("--action", "reed"),
+        ],
     )
     def test_what_cannot_be_asked_is_told(
         self, data: Path, options: tuple[str, str]
     ) -> None:
         assert isinstance(run(data, "search", *options).exception, InvalidParameter)
+
+    def test_an_unknown_action_is_told_with_those_that_are_known(
+        self, data: Path
+    ) -> None:
+        told = str(run(data, "search", "--action", "reed").exception)
+
+        assert told.startswith("action: reed is none of account.add, ")
+        assert ", get, " in told
+        assert "peer.change" in told
+
+    def test_who_reads_is_named_as_by_other_commands(self, data: Path) -> None:
+        run(data, "verify")
+        run(data, "search")
+        run(data, "export", "--output", data / "audit.jsonl")
+        run(data, "accept", "--reason", "nothing")
+
+        shown = run(data, "search", "--json", "--actor", operator().name).output
+
+        found = [orjson.loads(line) for line in shown.splitlines()]
+        assert operator().name == f"cli:{getpass.getuser()}"
+        assert {one["action"] for one in found} == {
+            "audit.verify", "audit.search", "audit.export",
+        }  # fmt: skip
+        assert {one["door"] for one in found} == {"cli"}
 
 
 class TestExport:
