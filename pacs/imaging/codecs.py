@@ -9,7 +9,9 @@ Frames that are only wrapped or deflated are unwrapped here, without a process.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 from pacs.imaging import decoder, syntaxes
@@ -48,6 +50,7 @@ _JPEG_LOSSLESS = frozenset((_JPEG + "57", _JPEG + "70"))
 _JPEGXL_LOSSLESS = _JPEG + "110"
 
 DECODE_FRAME: Final = "pacs.imaging.decoder:decode_frame"
+EACH: Final = "pacs.imaging.worker:each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +173,21 @@ DecoderObserver = PoolObserver
 class DecoderPool(WorkerPool):
     """Worker processes that decode frames; safe for use by many threads."""
 
-    def decode(self, data: Buffer, transfer_syntax_uid: str, spec: DecodeSpec) -> bytes:
+    def decode(
+        self,
+        data: Buffer | Callable[[], Buffer],
+        transfer_syntax_uid: str,
+        spec: DecodeSpec,
+    ) -> bytes:
         """Return one frame as native little endian samples, `frame_bytes` long.
 
         Colour lies by pixel, unless `is_planar`; what the colours are says
         `decoded_photometric`.
+
+        Parameters
+        ----------
+        data : bytes-like, or callable
+            A callable reads it once a process is free.
 
         Raises
         ------
@@ -186,21 +199,68 @@ class DecoderPool(WorkerPool):
             raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
         codec = CODECS.get(transfer_syntax_uid)
         if codec is None:
-            return unwrapped(data, transfer_syntax_uid, spec)
-        with self.counted(codec):
-            return self._decoded(codec, data, spec)
+            found = data() if callable(data) else data
+            return unwrapped(found, transfer_syntax_uid, spec)
 
-    def _decoded(self, codec: str, data: Buffer, spec: DecodeSpec) -> bytes:
-        arguments = decode_arguments(codec, data, spec)
+        def made() -> Job:
+            found = data() if callable(data) else data
+            arguments = decode_arguments(codec, found, spec)
+            return Job(DECODE_FRAME, arguments, (found,), answer_bytes=spec.frame_bytes)
+
+        with self.counted(codec):
+            # A bad header of what is here already needs no process.
+            body = self._decoded(made if callable(data) else made())
+            if len(body) != spec.frame_bytes:
+                raise DependencyDown("the decoder answered nonsense")
+            return body
+
+    def decode_each(
+        self, frames: Sequence[Buffer], transfer_syntax_uid: str, spec: DecodeSpec
+    ) -> list[bytes]:
+        """Return several small frames as `decode` does, in one job for all."""
+        codec = CODECS.get(transfer_syntax_uid)
+        if codec is None or len(frames) == 1:
+            return [self.decode(one, transfer_syntax_uid, spec) for one in frames]
+        size, total = spec.frame_bytes, spec.frame_bytes * len(frames)
+        if total > self._limits.inflated_bytes:
+            raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
+        with self.counted(codec):
+            each = [decode_arguments(codec, one, spec) for one in frames]
+            asked = {"handler": DECODE_FRAME, "each": each}
+            body = self._decoded(Job(EACH, asked, frames, answer_bytes=total))
+            if len(body) != total:
+                raise DependencyDown("the decoder answered nonsense")
+            return [body[at : at + size] for at in range(0, total, size)]
+
+    def _decoded(self, asked: Job | Callable[[], Job]) -> bytes:
         try:
-            body = self.ask(
-                Job(DECODE_FRAME, arguments, (data,), answer_bytes=spec.frame_bytes)
-            ).body
+            return self.ask(asked).body
         except MalformedObject as error:
+            if str(error).startswith("code stream"):
+                raise
             raise MalformedObject(f"code stream: {error}", PIXEL_DATA) from error
-        if len(body) != spec.frame_bytes:
+
+    def run_each(self, job: Job, arguments: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        """Do the same for each payload by itself, in one job; return the bodies.
+
+        Parameters
+        ----------
+        job : Job
+            Its handler gets one payload at a time; `answer_bytes` are of all bodies.
+        arguments : sequence of mappings
+            Of each payload.
+        """
+        asked = {"handler": job.handler, "each": arguments}
+        answer = self.run(replace(job, handler=EACH, arguments=asked))
+        lengths = answer.head.get("lengths")
+        if (
+            not isinstance(lengths, list)
+            or not all(isinstance(one, int) and one >= 0 for one in lengths)
+            or (len(lengths), sum(lengths)) != (len(arguments), len(answer.body))
+        ):
             raise DependencyDown("the decoder answered nonsense")
-        return body
+        ends = accumulate(lengths, initial=0)
+        return [answer.body[a:b] for a, b in pairwise(ends)]
 
 
 def unwrapped(data: Buffer, transfer_syntax_uid: str, spec: DecodeSpec) -> bytes:

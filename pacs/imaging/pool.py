@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ MAX_WAITING = 64
 MAX_HEAD = 256 * KIB
 #: Start-up of a process, on top of the time for a job.
 START_SECONDS = 20.0
+#: Idle processes are looked at this often: who was killed is not left a zombie.
+SWEEP_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ class WorkerPool:
         self._observer = observer
         self._idle_seconds = idle_seconds
         self._max_waiting = max_waiting
-        self._room = threading.Semaphore(processes)
+        self._turns = _Turns(processes)
         self._lock = threading.Lock()
         self._idle: list[_Process] = []
         self._waiting = 0
@@ -156,9 +159,14 @@ class WorkerPool:
         with self.counted(job.label):
             return self.ask(job)
 
-    def ask(self, job: Job) -> Answer:
-        """Do a job as `run` does, but do not count it."""
+    def ask(self, asked: Job | Callable[[], Job]) -> Answer:
+        """Do a job as `run` does, but do not count it.
+
+        A callable makes the job once a process is free, when what it works on says
+        how it is done.
+        """
         with self._process() as process:
+            job = asked() if callable(asked) else asked
             payloads = job.payloads() if callable(job.payloads) else job.payloads
             outcome, head, body = process.ask(
                 job, payloads, self._limits.decode_seconds
@@ -201,6 +209,11 @@ class WorkerPool:
         with self._lock:
             return [process.pid for process in self._idle]
 
+    def waiting(self) -> int:
+        """Return how many requests wait for a process."""
+        with self._lock:
+            return self._waiting
+
     @contextmanager
     def _process(self) -> Iterator[_Process]:
         """Lend a process; one that failed is not used again."""
@@ -218,7 +231,7 @@ class WorkerPool:
         else:
             self._give_back(process)
         finally:
-            self._room.release()
+            self._turns.give_back()
 
     def _wait(self) -> None:
         with self._lock:
@@ -228,7 +241,7 @@ class WorkerPool:
                 raise DependencyDown("decoders are busy")
             self._waiting += 1
         try:
-            if not self._room.acquire(timeout=self._limits.decode_seconds):
+            if not self._turns.take(self._limits.decode_seconds):
                 raise DependencyDown("decoders are busy")
         finally:
             with self._lock:
@@ -255,22 +268,66 @@ class WorkerPool:
         process.end()
 
     def _start_reaper(self) -> threading.Timer:
-        timer = threading.Timer(self._idle_seconds, self._reap)
+        seconds = min(self._idle_seconds, SWEEP_SECONDS)
+        timer = threading.Timer(seconds, self._reap)
         timer.daemon = True
         timer.name = "decoder-reaper"
         timer.start()
         return timer
 
     def _reap(self) -> None:
-        """End processes that nobody used lately; come again while any are left."""
+        """End what nobody used lately or what died; come again while any are left."""
         before = time.monotonic() - self._idle_seconds
         with self._lock:
-            old = [process for process in self._idle if process.used <= before]
-            self._idle = [process for process in self._idle if process.used > before]
+            old: list[_Process] = []
+            kept: list[_Process] = []
+            for process in self._idle:
+                spent = process.used <= before or not process.is_alive()
+                (old if spent else kept).append(process)
+            self._idle = kept
             again = self._idle and not self._closed
             self._reaper = self._start_reaper() if again else None
         for process in old:
             process.end()
+
+
+class _Turns:
+    """A semaphore that serves in the order of arrival.
+
+    `threading.Semaphore` does not: who gives a place back and asks at once for
+    another gets it before those who have waited all along.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._lock = threading.Lock()
+        self._line: deque[threading.Event] = deque()
+
+    def take(self, seconds: float) -> bool:
+        """Wait for a place, at most so long; tell whether it was given."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return True
+            turn = threading.Event()
+            self._line.append(turn)
+        try:
+            turn.wait(seconds)
+        finally:
+            with self._lock:
+                given = turn.is_set()
+                if not given:
+                    self._line.remove(turn)
+        return given
+
+    def give_back(self) -> None:
+        """Hand the place to who has waited longest."""
+        with self._lock:
+            if self._line:
+                # Never free in between: nobody can step in.
+                self._line.popleft().set()
+            else:
+                self._free += 1
 
 
 #: Errors without more attributes that a worker can have us raise, by code.

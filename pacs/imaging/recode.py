@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from pacs.imaging import syntaxes
@@ -30,15 +30,26 @@ from storage.kernel.errors import (
     TooLarge,
     UnsupportedTransferSyntax,
 )
-from storage.kernel.limits import KIB
+from storage.kernel.limits import KIB, MIB
 
 ENCODE_FRAME: Final = "pacs.imaging.encoders:encode_frame"
+#: Small frames go to a process together: so many, or so many bytes decoded.
+BATCH_FRAMES: Final = 256
+BATCH_BYTES: Final = 1 * MIB
 
 
 def native_frame(
-    data: bytes, stored: str, spec: DecodeSpec, decoders: DecoderPool
+    data: bytes | Callable[[], bytes],
+    stored: str,
+    spec: DecodeSpec,
+    decoders: DecoderPool,
 ) -> bytes:
     """Return one stored frame as native little endian samples.
+
+    Parameters
+    ----------
+    data : bytes, or callable
+        A callable reads it, once a process is free where one is needed.
 
     Raises
     ------
@@ -50,6 +61,7 @@ def native_frame(
     syntax = syntaxes.get(stored)
     if syntax.encapsulated:
         return decoders.decode(data, stored, spec)
+    data = data() if callable(data) else data
     if syntax.little_endian:
         return data
     if spec.bits_allocated > 8:
@@ -64,11 +76,16 @@ def native_frame(
 
 
 def encoded_frame(
-    data: bytes, stored: str, target: str, spec: DecodeSpec, decoders: DecoderPool
+    data: bytes | Callable[[], bytes],
+    stored: str,
+    target: str,
+    spec: DecodeSpec,
+    decoders: DecoderPool,
 ) -> bytes:
     """Return one stored frame as `target` encodes it; samples stay what they are.
 
-    A code stream is decoded and encoded again within one job.
+    A code stream is decoded and encoded again within one job. `data` is as
+    `native_frame` takes it.
 
     Raises
     ------
@@ -76,18 +93,78 @@ def encoded_frame(
     UnsupportedTransferSyntax
         Such samples cannot be written in `target`.
     """
-    check_encodable(stored, target, spec)
-    if spec.frame_bytes > decoders.limits.inflated_bytes:
-        raise TooLarge("inflated_bytes", decoders.limits.inflated_bytes)
+    _check(stored, target, spec, decoders)
     codec = ENCODERS[target]
     if not codec:
         native = native_frame(data, stored, spec, decoders)
         return deflated(native) if target == DEFLATED_FRAMES else native
+
+    def made() -> Job:
+        found = data() if callable(data) else data
+        payload, arguments = _work(found, stored, target, spec, decoders)
+        return Job(ENCODE_FRAME, arguments, (payload,), answer_bytes=_most_bytes(spec))
+
+    with decoders.counted(f"{codec}.encode"):
+        return decoders.ask(made if callable(data) else made()).body
+
+
+def encoded_frames(
+    frames: Sequence[bytes],
+    stored: str,
+    target: str,
+    spec: DecodeSpec,
+    decoders: DecoderPool,
+) -> list[bytes]:
+    """Return several small frames as `encoded_frame` does, in one job for all."""
+    codec = ENCODERS[target]
+    if not codec or len(frames) == 1:
+        return [encoded_frame(one, stored, target, spec, decoders) for one in frames]
+    _check(stored, target, spec, decoders)
+    work = [_work(one, stored, target, spec, decoders) for one in frames]
+    job = Job(
+        ENCODE_FRAME,
+        payloads=[payload for payload, _ in work],
+        answer_bytes=_most_bytes(spec) * len(frames),
+        label=f"{codec}.encode",
+    )
+    return decoders.run_each(job, [arguments for _, arguments in work])
+
+
+def batches(frames: Iterable[bytes], spec: DecodeSpec) -> Iterator[list[bytes]]:
+    """Yield frames in groups that are worth a job: a large one is alone."""
+    batch: list[bytes] = []
+    size = 0
+    for frame in frames:
+        batch.append(frame)
+        size += max(len(frame), spec.frame_bytes)
+        if len(batch) == BATCH_FRAMES or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _check(stored: str, target: str, spec: DecodeSpec, decoders: DecoderPool) -> None:
+    check_encodable(stored, target, spec)
+    if spec.frame_bytes > decoders.limits.inflated_bytes:
+        raise TooLarge("inflated_bytes", decoders.limits.inflated_bytes)
+
+
+def _most_bytes(spec: DecodeSpec) -> int:
+    # Noise grows a little; more is no encoding of this frame.
+    return 2 * spec.frame_bytes + 64 * KIB
+
+
+def _work(
+    data: bytes, stored: str, target: str, spec: DecodeSpec, decoders: DecoderPool
+) -> tuple[Buffer, dict[str, Any]]:
+    """Return payload and arguments of a job that encodes one frame."""
     payload: Buffer = data
     how: dict[str, Any] | None = None
     if stored in CODECS:
         how = decode_arguments(CODECS[stored], data, spec)
     else:
+        # No process is needed for these.
         payload = native_frame(data, stored, spec, decoders)
     samples = EncodeSpec(
         rows=spec.rows,
@@ -99,21 +176,11 @@ def encoded_frame(
         photometric=decoded_photometric(stored, spec),
         planar=is_planar(stored, spec),
     )
-    arguments = {
+    return payload, {
         "transfer_syntax_uid": target,
         "spec": samples.arguments(),
         "decode": how,
     }
-    return decoders.run(
-        Job(
-            ENCODE_FRAME,
-            arguments,
-            (payload,),
-            # Noise grows a little; more is no encoding of this frame.
-            answer_bytes=2 * spec.frame_bytes + 64 * KIB,
-            label=f"{codec}.encode",
-        )
-    ).body
 
 
 def check_encodable(stored: str, target: str, spec: DecodeSpec) -> None:

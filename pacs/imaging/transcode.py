@@ -15,9 +15,10 @@ import io
 import re
 import struct
 import sys
+import time
 from array import array
-from collections.abc import Iterator
-from typing import Final, Literal
+from collections.abc import Callable, Iterator
+from typing import IO, Final, Literal
 
 from pacs.imaging import syntaxes
 from pacs.imaging.codecs import (
@@ -51,13 +52,15 @@ from pacs.imaging.encoding import (
 )
 from pacs.imaging.frames import FrameTable, frame_ranges
 from pacs.imaging.recode import (
+    batches,
     check_encodable,
-    encoded_frame,
+    encoded_frames,
     is_recoded_planar,
     native_frames,
     recoded_photometric,
 )
 from storage.kernel.errors import (
+    DependencyDown,
     MalformedObject,
     TooLarge,
     UnsupportedTransferSyntax,
@@ -97,18 +100,41 @@ def can_convert(stored: str, target: str) -> bool:
 def to_syntax(
     data: Buffer, stored: str, target: str, decoders: DecoderPool, limits: Limits
 ) -> bytes:
-    """Return a data set, stored in one transfer syntax, in another.
+    """Return a data set, stored in one transfer syntax, in another; see `rewrite`."""
+    out = io.BytesIO()
+    rewrite(out, data, stored, target, decoders, limits)
+    return out.getvalue()
+
+
+def rewrite(
+    out: IO[bytes],
+    data: Buffer,
+    stored: str,
+    target: str,
+    decoders: DecoderPool,
+    limits: Limits,
+    check: Callable[[], None] = lambda: None,
+) -> int:
+    """Write a data set, stored in one transfer syntax, in another; return its length.
 
     Parameters
     ----------
+    out : binary file
+        Can be written anywhere; written from where it stands.
     data : bytes-like
         The data set as stored, without File Meta.
     target : str
         Explicit or Implicit VR Little Endian, or one of `encoders.ENCODERS`.
+    check : callable
+        Called again and again; raises when nobody waits any more.
 
     Raises
     ------
-    MalformedObject, TooLarge, DependencyDown
+    MalformedObject
+    TooLarge
+        More than `inflated_bytes` or `conversion_frames`.
+    DependencyDown
+        It took longer than `conversion_seconds`; see `DecoderPool` too.
     UnsupportedTransferSyntax
         There is no decoder or encoder for such frames.
     """
@@ -116,13 +142,19 @@ def to_syntax(
         raise UnsupportedTransferSyntax(f"cannot convert {stored} to {target}")
     if syntaxes.get(stored).deflated:
         data = inflate(data, limits)
-    rewriter = _Rewriter(data, stored, target, decoders, limits)
-    out = io.BytesIO()
+    began = out.tell()
+    written = 0
+    rewriter = _Rewriter(data, stored, target, decoders, limits, check)
     for part in rewriter.parts():
         out.write(part)
-        if out.tell() > limits.inflated_bytes:
+        written += len(part)
+        if written > limits.inflated_bytes:
             raise TooLarge("inflated_bytes", limits.inflated_bytes)
-    return out.getvalue()
+    for position, late in rewriter.late:
+        out.seek(began + position)
+        out.write(late)
+    out.seek(began + written)
+    return written
 
 
 class _Scope:
@@ -167,7 +199,13 @@ class _Rewriter:
         target: str,
         decoders: DecoderPool,
         limits: Limits,
+        check: Callable[[], None],
     ) -> None:
+        #: Where something is to be written over at last, and what.
+        self.late: list[tuple[int, bytes]] = []
+        self._position = 0
+        self._check = check
+        self._deadline = time.monotonic() + limits.conversion_seconds
         self._data = memoryview(data)
         self._stored = stored
         self._target = target
@@ -215,6 +253,19 @@ class _Rewriter:
 
     def parts(self) -> Iterator[Buffer]:
         """Yield the new data set in pieces."""
+        for part in self._parts():
+            self._go_on()
+            yield part
+            self._position += len(part)
+
+    def _go_on(self) -> None:
+        """See that somebody waits, and not for too long."""
+        self._check()
+        if time.monotonic() > self._deadline:
+            seconds = self._limits.conversion_seconds
+            raise DependencyDown(f"converting took over {seconds:g} s")
+
+    def _parts(self) -> Iterator[Buffer]:
         signed = self._found.unsigned(PIXEL_REPRESENTATION) == 1
         scope = _Scope(
             self._encoding.order, self._spec, signed=signed, target=self._target
@@ -306,24 +357,29 @@ class _Rewriter:
             raise MalformedObject("frames are missing", PIXEL_DATA)
         stored = (self._stored_frame(table, i + 1) for i in range(frames))
         if scope.target in ENCODERS:
-            yield from self._encoded(stored, self._stored, spec, scope.target)
+            yield from self._encoded(stored, frames, self._stored, spec, scope.target)
             return
         total = -(-spec.frame_bits * frames // 8)
         if total > min(self._limits.inflated_bytes, 0xFFFFFFFE):
             raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
         vr = b"OW" if spec.bits_allocated > 8 else b"OB"
         yield self._head(PIXEL_DATA, vr, total + total % 2)
-        decoded = (self._decoders.decode(one, self._stored, spec) for one in stored)
-        if spec.frame_bits % 8:
-            yield _joined_bits(decoded, spec)
-        else:
-            yield from decoded
+        decoded = self._decoded(stored, spec)
+        yield from _joined_bits(decoded, spec) if spec.frame_bits % 8 else decoded
         if total % 2:
             yield b"\0"
 
+    def _decoded(self, stored: Iterator[bytes], spec: DecodeSpec) -> Iterator[bytes]:
+        for batch in batches(stored, spec):
+            self._go_on()
+            yield from self._decoders.decode_each(batch, self._stored, spec)
+
     def _n_frames(self) -> int:
         declared = self._found.text(NUMBER_OF_FRAMES)
-        return int(declared) or 1 if _COUNT.match(declared) else 1
+        frames = int(declared) or 1 if _COUNT.match(declared) else 1
+        if frames > self._limits.conversion_frames:
+            raise TooLarge("conversion_frames", self._limits.conversion_frames)
+        return frames
 
     def _stored_frame(self, table: FrameTable, number: int) -> bytes:
         return b"".join(
@@ -344,35 +400,42 @@ class _Rewriter:
             known = {32: b"OL", 64: b"OV"}[spec.bits_allocated]
         # Swapped before it is parted: a frame may end within a word.
         value = memoryview(little_endian(self._data[begin:stop], known, scope.order))
-        frames = native_frames(value, spec, self._n_frames())
-        yield from self._encoded(frames, syntaxes.EXPLICIT_VR_LE, spec, scope.target)
+        n_frames = self._n_frames()
+        frames = native_frames(value, spec, n_frames)
+        native = syntaxes.EXPLICIT_VR_LE
+        yield from self._encoded(frames, n_frames, native, spec, scope.target)
 
     def _encoded(
-        self, frames: Iterator[bytes], stored: str, spec: DecodeSpec, target: str
+        self,
+        frames: Iterator[bytes],
+        n_frames: int,
+        stored: str,
+        spec: DecodeSpec,
+        target: str,
     ) -> Iterator[Buffer]:
         """Yield Pixel Data with one fragment for each frame (PS3.5 A.4)."""
-        items: list[bytes] = []
-        total = 0
-        for frame in frames:
-            one = encoded_frame(frame, stored, target, spec, self._decoders)
-            items.append(one + bytes(len(one) % 2))
-            total += len(items[-1]) + 8
-            if total > self._limits.inflated_bytes:
-                raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
         yield self._head(PIXEL_DATA, b"OB", _UNDEFINED)
+        # Bound: a table that might not say where the last frame is says nothing.
+        listed = n_frames if spec.frame_bytes * n_frames <= _UNDEFINED // 2 else 0
+        yield struct.pack("<HHI", 0xFFFE, 0xE000, 4 * listed)
+        table_at = self._position
+        yield bytes(4 * listed)
         offsets = array("I")
-        position = 0
-        for one in items:
-            # Bound: a table that cannot say where the last frame is says nothing.
-            if total > _UNDEFINED:
-                break
-            offsets.append(position)
-            position += len(one) + 8
+        total = 0
+        for batch in batches(frames, spec):
+            self._go_on()
+            for one in encoded_frames(batch, stored, target, spec, self._decoders):
+                length = len(one) + len(one) % 2
+                if listed and total > _UNDEFINED:
+                    raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
+                if listed:
+                    offsets.append(total)
+                total += length + 8
+                yield struct.pack("<HHI", 0xFFFE, 0xE000, length)
+                yield one + bytes(length - len(one))
         if sys.byteorder == "big":
             offsets.byteswap()
-        for item in (offsets.tobytes(), *items):
-            yield struct.pack("<HHI", 0xFFFE, 0xE000, len(item))
-            yield item
+        self.late.append((table_at, offsets.tobytes()))
         yield _SEQUENCE_END
 
     def _icon(self, begin: int, stop: int) -> FrameTable:
@@ -399,16 +462,16 @@ def _described(
     return value
 
 
-def _joined_bits(frames: Iterator[bytes], spec: DecodeSpec) -> bytes:
+def _joined_bits(frames: Iterator[bytes], spec: DecodeSpec) -> Iterator[bytes]:
     """Pack frames of single bits that do not end with a byte (PS3.5 8.1.1)."""
     import numpy as np
 
-    bits = np.concatenate(
-        [
-            np.unpackbits(np.frombuffer(frame, np.uint8), bitorder="little")[
-                : spec.frame_bits
-            ]
-            for frame in frames
-        ]
-    )
-    return np.packbits(bits, bitorder="little").tobytes()
+    rest = np.zeros(0, np.uint8)
+    for frame in frames:
+        bits = np.unpackbits(np.frombuffer(frame, np.uint8), bitorder="little")
+        bits = np.concatenate((rest, bits[: spec.frame_bits]))
+        whole = bits.size // 8 * 8
+        yield np.packbits(bits[:whole], bitorder="little").tobytes()
+        rest = bits[whole:]
+    if rest.size:
+        yield np.packbits(rest, bitorder="little").tobytes()

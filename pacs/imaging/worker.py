@@ -73,6 +73,22 @@ def _handler(name: str) -> Handler:
     return found
 
 
+def each(
+    arguments: dict[str, Any], payloads: list[bytearray]
+) -> tuple[dict[str, Any], bytes]:
+    """Do the same for each of many small payloads by itself; a job's handler.
+
+    Arguments: `handler`, which gives a body only; `each`, its arguments for every
+    payload. The head says how long each body is (`lengths`).
+    """
+    handler = _handler(arguments["handler"])
+    bodies = [
+        bytes(handler(how, [payload])[1])
+        for how, payload in zip(arguments["each"], payloads, strict=True)
+    ]
+    return {"lengths": [len(body) for body in bodies]}, b"".join(bodies)
+
+
 def _reason(error: Exception) -> dict[str, Any]:
     """Return what the parent makes the same error of."""
     text = str(error)

@@ -21,7 +21,7 @@ from pacs.rendering import projection, reslice, volume_masks
 from pacs.rendering.reslice import Plain, Sampler, Voxels
 from pacs.rendering.volume import Grid
 from pacs.rendering.volume_pictures import encode_colour, encode_grey
-from storage.kernel.errors import DependencyDown, Unavailable
+from storage.kernel.errors import Cancelled, DependencyDown
 
 #: Names of the handlers.
 PLANE: Final = f"{__name__}:draw_plane"
@@ -32,12 +32,6 @@ MASKS: Final = f"{__name__}:pack_masks"
 OUTSIDE: Final = -32768
 
 Answer = tuple[dict[str, Any], bytes]
-
-
-class Cancelled(Unavailable):
-    """Whoever asked has left."""
-
-    code = "unavailable.cancelled"
 
 
 class SharedBytes:

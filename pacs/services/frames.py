@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pacs.domain.study import StoredInstance
 from pacs.imaging import syntaxes
-from pacs.imaging.codecs import DecoderPool, DecodeSpec
+from pacs.imaging.codecs import CODECS, DecoderPool, DecodeSpec, decode_arguments
 from pacs.imaging.dataset import Scan, inflate, scan
 from pacs.imaging.encoders import ENCODERS, is_encodable
 from pacs.imaging.encoding import PIXEL_DATA
@@ -20,7 +20,12 @@ from pacs.repository import locate
 from pacs.services.sources import ByteSource, LazyBytes, spliced
 from pacs.services.stored import StoredObjects
 from storage.db.engine import Database
-from storage.kernel.errors import CorruptData, Gone, UnsupportedTransferSyntax
+from storage.kernel.errors import (
+    CorruptData,
+    Gone,
+    TooLarge,
+    UnsupportedTransferSyntax,
+)
 from storage.kernel.limits import Limits
 
 EXPLICIT_LE = syntaxes.EXPLICIT_VR_LE
@@ -203,6 +208,9 @@ class StoredFrames:
                 _form(spliced(source.read, parts, target), target) for parts in ranges
             ]
         spec = DecodeSpec.from_scan(source.scan or self._header_scan(instance))
+        if spec.frame_bytes > self._limits.inflated_bytes:
+            # Before its length is told: no such frame is ever decoded.
+            raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
         if target in ENCODERS:
             check_encodable(stored, target, spec)
             made = [
@@ -227,6 +235,20 @@ class StoredFrames:
             native = ByteSource(length, lazy.read, EXPLICIT_LE, transcoded=True)
             forms.append(_form(native, EXPLICIT_LE))
         return forms
+
+    def check(self, instance: StoredInstance, number: int) -> None:
+        """See that a code stream is what the attributes say, without decoding it.
+
+        Raises
+        ------
+        NotFound, MalformedObject
+        """
+        codec = CODECS.get(instance.transfer_syntax_uid)
+        if codec is None:
+            return
+        source = self._source(instance)
+        spec = DecodeSpec.from_scan(source.scan or self._header_scan(instance))
+        decode_arguments(codec, source.frame(source.table.ranges(number)), spec)
 
     def pixels(self, instance: StoredInstance) -> StoredPixels:
         """Return what a picture is made of; frames are read one by one.
@@ -282,7 +304,7 @@ class StoredFrames:
         stored: str,
         spec: DecodeSpec,
     ) -> bytes:
-        return native_frame(source.frame(parts), stored, spec, self._decoders)
+        return native_frame(partial(source.frame, parts), stored, spec, self._decoders)
 
     def _encoded(
         self,
@@ -292,7 +314,9 @@ class StoredFrames:
         target: str,
         spec: DecodeSpec,
     ) -> ByteSource:
-        data = encoded_frame(source.frame(parts), stored, target, spec, self._decoders)
+        data = encoded_frame(
+            partial(source.frame, parts), stored, target, spec, self._decoders
+        )
         return ByteSource.of(data, target, transcoded=True)
 
     def _source(self, instance: StoredInstance) -> _FrameSource:

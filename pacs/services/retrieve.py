@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import IO
 
 from pacs.domain.study import ByteStream, Level, StoredInstance
 from pacs.imaging import syntaxes
@@ -22,11 +23,11 @@ from pacs.imaging.dicomjson import instance_json, value_at
 from pacs.imaging.encoders import ENCODERS
 from pacs.imaging.frames import FrameTable
 from pacs.imaging.part10 import file_meta
-from pacs.imaging.transcode import can_convert, to_syntax
+from pacs.imaging.transcode import can_convert, rewrite
 from pacs.repository import locate
 from pacs.services.frames import FrameForm, Renditions, StoredFrames, StoredPixels
 from pacs.services.metadata import MetadataBody, SeriesBundles
-from pacs.services.sources import ByteSource, chunked
+from pacs.services.sources import ByteSource, Spool
 from pacs.services.stored import StoredObjects
 from storage.db.engine import Database
 from storage.kernel.errors import (
@@ -45,6 +46,14 @@ BIG_ENDIAN = "1.2.840.10008.1.2.2"
 OCTETS = "application/octet-stream"
 #: Locations one process remembers.
 MAX_REMEMBERED = 4096
+
+
+Check = Callable[[], None]
+"""Raises when nobody waits any more."""
+
+
+def _nothing() -> None:
+    """Somebody always waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,9 +221,17 @@ class RetrieveService:
         return self._objects.read(instance, offset, length)
 
     def part10(
-        self, instance: StoredInstance, transfer_syntax_uid: str | None = None
+        self,
+        instance: StoredInstance,
+        transfer_syntax_uid: str | None = None,
+        check: Check = _nothing,
     ) -> ByteStream:
         """Return the object as a Part-10 file, as stored or converted.
+
+        Parameters
+        ----------
+        check : callable
+            Raises when nobody waits any more; a conversion stops then.
 
         Raises
         ------
@@ -229,21 +246,25 @@ class RetrieveService:
                 stored,
             )
         target = str(transfer_syntax_uid)
-        body = self._converted(instance, target)
+        made = self._file_in(instance, target, check)
+        return ByteStream(made.length, made.chunks(), target, transcoded=True)
+
+    def _file_in(self, instance: StoredInstance, target: str, check: Check) -> Spool:
         head = file_meta(instance.sop_class_uid, instance.sop_instance_uid, target)
-        return ByteStream(
-            len(head) + len(body), chunked((head, body)), target, transcoded=True
-        )
+        return self._converted(instance, target, head, check)
 
     def open_object(
-        self, instance: StoredInstance, transfer_syntax_uid: str | None = None
+        self,
+        instance: StoredInstance,
+        transfer_syntax_uid: str | None = None,
+        check: Check = _nothing,
     ) -> ByteSource:
         """Return the Part-10 object for reading anywhere; as `part10` otherwise."""
         stored = instance.transfer_syntax_uid
         if transfer_syntax_uid not in {None, stored}:
-            stream = self.part10(instance, transfer_syntax_uid)
-            data = b"".join(stream.chunks)
-            return ByteSource.of(data, stream.transfer_syntax_uid, transcoded=True)
+            target = str(transfer_syntax_uid)
+            made = self._file_in(instance, target, check)
+            return ByteSource(made.length, made.read, target, transcoded=True)
 
         def read(offset: int, length: int) -> bytes:
             if (offset, length) == (0, instance.object_length):
@@ -266,25 +287,37 @@ class RetrieveService:
                 self._objects.chunks(instance, start),
                 transfer_syntax_uid,
             )
-        body = self._converted(instance, transfer_syntax_uid)
+        made = self._converted(instance, transfer_syntax_uid, b"", _nothing)
         return ByteStream(
-            len(body), chunked((body,)), transfer_syntax_uid, transcoded=True
+            made.length, made.chunks(), transfer_syntax_uid, transcoded=True
         )
 
-    def _converted(self, instance: StoredInstance, target: str) -> bytes:
+    def _converted(
+        self, instance: StoredInstance, target: str, head: bytes, check: Check
+    ) -> Spool:
+        """Return `head` and the data set in another transfer syntax."""
         if not can_convert(instance.transfer_syntax_uid, target):
             raise UnsupportedTransferSyntax(
                 f"cannot convert {instance.transfer_syntax_uid} to {target}"
             )
         if instance.object_length > self._limits.inflated_bytes:
             raise TooLarge("inflated_bytes", self._limits.inflated_bytes)
-        return to_syntax(
-            self._dataset_bytes(instance),
-            instance.transfer_syntax_uid,
-            target,
-            self._decoders,
-            self._limits,
-        )
+        made = Spool(self._limits.conversion_memory)
+
+        def write(out: IO[bytes]) -> None:
+            out.write(head)
+            rewrite(
+                out,
+                self._dataset_bytes(instance),
+                instance.transfer_syntax_uid,
+                target,
+                self._decoders,
+                self._limits,
+                check,
+            )
+
+        made.fill(write)
+        return made
 
     def _dataset_bytes(self, instance: StoredInstance) -> memoryview:
         return self._objects.dataset(instance)
@@ -343,6 +376,10 @@ class RetrieveService:
     def frame_table(self, instance: StoredInstance) -> FrameTable:
         """Return where the frames are, from the first byte of the data set."""
         return self._frames.table(instance)
+
+    def check_frame(self, instance: StoredInstance, number: int) -> None:
+        """See that a code stream is what the attributes say, without decoding it."""
+        self._frames.check(instance, number)
 
     def pixels(self, instance: StoredInstance) -> StoredPixels:
         """Return what a picture of an instance is made of; see `StoredFrames`."""

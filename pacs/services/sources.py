@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import io
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from tempfile import SpooledTemporaryFile
+from typing import IO
 
+from storage.kernel.errors import Unavailable
 from storage.kernel.limits import MIB
 
 #: The most that is read, or handed on, at a time.
@@ -66,6 +72,52 @@ class LazyBytes:
         return data[offset : offset + length]
 
 
+class Spool:
+    """Bytes that are written first and read then, in memory up to a limit.
+
+    Longer ones lie in an unnamed file of the folder for temporary files, which goes
+    with the last reader.
+
+    Parameters
+    ----------
+    memory : int
+        Bytes that are kept in memory.
+    """
+
+    def __init__(self, memory: int) -> None:
+        # Closed by the finalizer.
+        self._file: IO[bytes] = SpooledTemporaryFile(max_size=memory)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._lock = threading.Lock()
+        self.length = 0
+
+    def fill(self, write: Callable[[IO[bytes]], object]) -> None:
+        """Have everything written.
+
+        Raises
+        ------
+        Unavailable
+            There is no room.
+        """
+        try:
+            write(self._file)
+            self.length = self._file.seek(0, io.SEEK_END)
+        except OSError as error:
+            reason = f"no room for what is made: {error.strerror}"
+            raise Unavailable(reason) from error
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a range of the bytes."""
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(length)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the bytes, at most 1 MiB at a time."""
+        for start in range(0, self.length, CHUNK):
+            yield self.read(start, CHUNK)
+
+
 def spliced(
     read: Callable[[int, int], bytes],
     parts: Sequence[tuple[int, int]],
@@ -92,11 +144,3 @@ def spliced(
     return ByteSource(
         sum(length for _, length in parts), read_across, transfer_syntax_uid
     )
-
-
-def chunked(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the parts in pieces of at most `CHUNK` bytes."""
-    for part in parts:
-        view = memoryview(part)
-        for start in range(0, len(view), CHUNK):
-            yield bytes(view[start : start + CHUNK])

@@ -25,7 +25,6 @@ from pacs.rendering.volume_tasks import (
     PLANE,
     PROJECTION,
     Caller,
-    Cancelled,
     grid_json,
 )
 from pacs.services.retrieve import RetrieveService
@@ -39,6 +38,7 @@ from pacs.services.volumes_views import (
     picture_of,
 )
 from storage.kernel.errors import (
+    Cancelled,
     DependencyDown,
     ImagingError,
     NotFound,

@@ -17,10 +17,10 @@ from pacs.domain.study import StoredInstance
 from pacs.imaging import syntaxes
 from pacs.rendering.volume import NotAVolume, Plane
 from pacs.rendering.volume_attributes import Samples
-from pacs.rendering.volume_tasks import Caller, Cancelled, SharedBytes
+from pacs.rendering.volume_tasks import Caller, SharedBytes
 from pacs.services.retrieve import RetrieveService
 from pacs.services.volumes_views import PADDED, VolumeFacts
-from storage.kernel.errors import DependencyDown, NotFound, TooLarge
+from storage.kernel.errors import Cancelled, DependencyDown, NotFound, TooLarge
 from storage.kernel.limits import Limits
 from storage.kernel.types import Actor
 

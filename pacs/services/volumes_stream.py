@@ -25,6 +25,7 @@ from storage.kernel.errors import (
     NotFound,
     TooLarge,
 )
+from storage.kernel.limits import MIB
 from storage.kernel.types import Actor
 
 Order = Literal["middle-out", "ascending"]
@@ -34,6 +35,8 @@ Form = Literal["stored", "raw", "htj2k"]
 HTJ2K: Final = frozenset(f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203))
 #: Frames of one series that one answer holds.
 MAX_FRAMES: Final = 100_000
+#: So much can be announced whatever is stored: black images are next to nothing.
+PLAIN: Final = 256 * MIB
 #: Photometric interpretations whose neighbouring samples can be averaged.
 _SMOOTH: Final = frozenset(
     ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_RCT", "YBR_ICT")
@@ -138,6 +141,7 @@ class SeriesStream:
         attributes = self._attributes(actor, study, series_uid) if level else {}
         names: list[str] = []
         places = []
+        failing = [self._is_failing(one, _sent(one, form)) for one in stored]
         for index, frame_number in numbered:
             syntax_uid = _sent(stored[index], form)
             if syntax_uid not in names:
@@ -149,9 +153,10 @@ class SeriesStream:
                     frame_number,
                     names.index(syntax_uid),
                     level=level,
-                    native=syntax_uid == syntaxes.EXPLICIT_VR_LE,
+                    native=syntax_uid == syntaxes.EXPLICIT_VR_LE and not failing[index],
                 )
             )
+        self._check_announced(stored, places)
         version = hashlib.sha256(f"{form} {level} {order}".encode())
         for one in stored:
             version.update(one.digest)
@@ -227,6 +232,42 @@ class SeriesStream:
         seen = set(sorted_ones)
         return sorted_ones + [one for one in every if one not in seen]
 
+    def _is_failing(self, stored: StoredInstance, target: str) -> bool:
+        """Tell whether it shows already that no frame can be decoded to its length."""
+        if target != syntaxes.EXPLICIT_VR_LE:
+            return False
+        limits, size = self._retrieve.limits, _frame_bytes(stored)
+        syntax = syntaxes.get(stored.transfer_syntax_uid)
+        if not syntax.encapsulated and not syntax.deflated:
+            return size > stored.object_length - (stored.pixel_offset or 0)
+        if size > limits.inflated_bytes:
+            return True
+        if size <= max(MIB, limits.inflation_ratio * stored.object_length):
+            return False
+        try:
+            # Worth a look only where so much is claimed: it costs reading a frame.
+            self._retrieve.check_frame(stored, 1)
+        except ImagingError:
+            return True
+        return False
+
+    def _check_announced(
+        self, stored: Sequence[StoredInstance], places: Sequence[Place]
+    ) -> None:
+        """See that what is announced can come of what is stored.
+
+        Raises
+        ------
+        TooLarge
+        """
+        limits = self._retrieve.limits
+        announced = sum(place.length or 0 for place in places)
+        if announced > limits.stream_bytes:
+            raise TooLarge("stream_bytes", limits.stream_bytes)
+        ratio = limits.stream_ratio
+        if announced > max(PLAIN, ratio * sum(one.object_length for one in stored)):
+            raise TooLarge("stream_ratio", ratio)
+
     def _count(self, stored: StoredInstance) -> int:
         """Return how many frames there are; claims of more are not believed."""
         claimed = stored.number_of_frames or 1
@@ -235,8 +276,8 @@ class SeriesStream:
         try:
             return min(claimed, self._retrieve.frame_count(stored))
         except ImagingError:
-            # Each will say for itself why it cannot be read.
-            return min(claimed, MAX_FRAMES)
+            # Nobody can tell them apart: one says for all why they cannot be read.
+            return 1
 
     def _attributes(
         self, actor: Actor, study: str, series_uid: str
@@ -296,6 +337,12 @@ def _place(
     if native:
         length = -(-rows * columns * (stored.samples or 1) * bits // 8)
     return Place(index, frame_number, syntax, rows, columns, length, reducible)
+
+
+def _frame_bytes(stored: StoredInstance) -> int:
+    """Return the bytes of a decoded frame of every pixel."""
+    samples, bits = stored.samples or 1, stored.bits_allocated or 0
+    return -(-(stored.rows or 0) * (stored.columns or 0) * samples * bits // 8)
 
 
 def _reduced(

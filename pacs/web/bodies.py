@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 
 from fastapi import Request, Response
-from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pacs.services.sources import ByteSource
+from pacs.web.leaving import Stream
 from pacs.web.multipart import MultipartWriter
 from pacs.web.problems import problem
 from storage.kernel.limits import MIB
@@ -158,7 +158,7 @@ def send_source(
     if stop - start <= AT_ONCE:
         return PiecesResponse([source.read(start, stop - start)], status, named)
     named["Content-Length"] = str(stop - start)
-    return StreamingResponse(source.chunks(start, stop), status, named)
+    return Stream(request, source.chunks(start, stop), status, named)
 
 
 def send_parts(
@@ -174,7 +174,7 @@ def send_parts(
         return Response(None, 200, named)
     if writer.length is not None and writer.length <= AT_ONCE:
         return PiecesResponse(list(writer), 200, named)
-    return StreamingResponse(gathered(iter(writer)), 200, named)
+    return Stream(request, gathered(iter(writer)), 200, named)
 
 
 def gathered(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
+from pacs.web.leaving import watched
 from pacs.web.problems import problem
 from storage.kernel.errors import InvalidParameter, MalformedObject
 from storage.kernel.types import Actor
@@ -107,6 +108,10 @@ def context(kind: Context) -> Context:
     return kind
 
 
+#: Nothing but their client's leaving comes after the head of such a request.
+WITHOUT_BODY = frozenset(("GET", "HEAD"))
+
+
 class StoredRoute(APIRoute):
     """A route whose request is right even where what is stored cannot be read: 422."""
 
@@ -117,6 +122,8 @@ class StoredRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             try:
+                if request.method in WITHOUT_BODY:
+                    return await watched(request, handler)
                 return await handler(request)
             except MalformedObject as error:
                 return problem(422, error.code, str(error))

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
-from starlette.responses import StreamingResponse
 
 from pacs.domain.study import StoredInstance
 from pacs.imaging import syntaxes
@@ -31,6 +30,7 @@ from pacs.web.dependencies import (
     path_uid,
     readable,
 )
+from pacs.web.leaving import Caller, Stream, caller_of
 from pacs.web.multipart import MultipartWriter, Part
 from pacs.web.negotiation import ANY, DICOM, ZIP, Offer, accept_of, candidates
 from pacs.web.zip import archive, entries
@@ -87,6 +87,11 @@ class RetrieveContext:
             None if series is None else path_uid("series", series),
         )
 
+    @property
+    def caller(self) -> Caller:
+        """Who waits for the answer."""
+        return caller_of(self.request)
+
     def accept(self) -> str:
         """Return what the client accepts."""
         return accept_of(self.request)
@@ -132,7 +137,7 @@ def retrieve_instance(asked: Asked, study: str, series: str, instance: str) -> R
             return send_parts(asked.request, MultipartWriter(DICOM, parts), validators)
         return send_source(
             asked.request,
-            asked.retrieve.open_object(found, target),
+            asked.retrieve.open_object(found, target, asked.caller.check),
             f"{DICOM}; transfer-syntax={target}",
             validators,
             {"Content-Location": asked.url(found)},
@@ -203,10 +208,10 @@ def _zip(
     if asked.request.method == "HEAD":
         return Response(None, 200, headers)
     opened = (
-        asked.retrieve.part10(instance, target)
+        asked.retrieve.part10(instance, target, asked.caller.check)
         for instance, target in zip(found, targets, strict=True)
     )
-    return StreamingResponse(archive(entries(found), opened), 200, headers)
+    return Stream(asked.request, archive(entries(found), opened), 200, headers)
 
 
 def _part(asked: RetrieveContext, instance: StoredInstance, target: str) -> Part:
@@ -214,7 +219,7 @@ def _part(asked: RetrieveContext, instance: StoredInstance, target: str) -> Part
     stored = target == instance.transfer_syntax_uid
 
     def chunks() -> Iterator[bytes]:
-        return asked.retrieve.part10(instance, target).chunks
+        return asked.retrieve.part10(instance, target, asked.caller.check).chunks
 
     return Part(
         (

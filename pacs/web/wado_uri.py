@@ -126,7 +126,7 @@ def _file(asked: RenderContext, found: StoredInstance) -> Response:
         )
     return send_source(
         asked.request,
-        retrieve.open_object(found, target),
+        retrieve.open_object(found, target, asked.asked.caller.check),
         f"{DICOM}; transfer-syntax={target}",
         instance_validators(found, target),
         Attachment(f"{found.sop_instance_uid}.dcm").headers(),

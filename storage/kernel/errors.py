@@ -18,6 +18,7 @@
     - StorageFull           the free-space guard or the disk said no
     - DependencyDown        database, object store or peer does not answer
     - LostRace              a concurrent transaction won; doing it again can help
+    - Cancelled             whoever asked has left
     - CorruptData           stored bytes are not the bytes that were stored
 
 Branches say what the caller can do: fix the input, look elsewhere, wait, ask for
@@ -207,6 +208,12 @@ class DependencyDown(Unavailable):
     """A database, object store or peer does not answer."""
 
     code = "unavailable.dependency"
+
+
+class Cancelled(Unavailable):
+    """Whoever asked has left."""
+
+    code = "unavailable.cancelled"
 
 
 class LostRace(Unavailable):

@@ -67,6 +67,23 @@ class Limits(BaseModel):
     archive_entries: int = Field(200_000, ge=1, description="entries of one ZIP")
     archive_bytes: int = Field(64 * GIB, ge=KIB, description="a ZIP, once inflated")
     archive_ratio: int = Field(200, ge=2, description="inflation of one ZIP entry")
+    conversion_frames: int = Field(
+        100_000, ge=1, description="frames of one object that is converted whole"
+    )
+    conversion_seconds: float = Field(
+        300, gt=0, description="converting one object into another transfer syntax"
+    )
+    conversion_memory: int = Field(
+        32 * MIB,
+        ge=0,
+        description="a converted object in memory; longer ones go to a temporary file",
+    )
+    stream_bytes: int = Field(
+        256 * GIB, ge=MIB, description="what one stream of frames may announce"
+    )
+    stream_ratio: int = Field(
+        1000, ge=2, description="announced over stored bytes, above 256 MiB"
+    )
     rendered_pixels: int = Field(
         32 * MIB, ge=KIB, description="pixels of one picture, or of one animation"
     )

@@ -19,7 +19,7 @@ from pydicom.fileset import FileSet
 from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, JPEGLSLossless
 
 from pacs.domain.study import ByteStream, StoredInstance
-from pacs.services.retrieve import RetrieveService
+from pacs.services.retrieve import Check, RetrieveService
 from pacs.web.zip import DICOMDIR, README, archive, entries
 from storage.kernel.errors import DependencyDown
 from storage.kernel.limits import MIB
@@ -191,18 +191,31 @@ def test_archives_are_made_for_who_asks_for_them(web: WebArchive) -> None:
 def test_an_object_that_fails_ends_the_archive_unfinished(
     web: WebArchive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = RetrieveService.part10
-
-    def failing(self: RetrieveService, one: StoredInstance, to: str) -> ByteStream:
+    def failing(
+        _: RetrieveService, one: StoredInstance, to: str, check: Check
+    ) -> ByteStream:
+        check()
         if one.sop_instance_uid == uid(1, 2, 2):
             raise DependencyDown("packs")
-        return opened(self, one, to)
+        # More than is made before the status is sent.
+        return ByteStream(2 * MIB, iter((bytes(MIB), bytes(MIB))), to)
 
     monkeypatch.setattr(RetrieveService, "part10", failing)
 
     # A client sees that the answer was cut off: never a whole archive with holes.
     with pytest.raises((http.client.HTTPException, OSError)):
         get(web, f"/studies/{STUDY}", ZIP)
+
+
+def test_an_object_that_fails_at_once_is_told_by_the_status(
+    web: WebArchive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> ByteStream:
+        raise DependencyDown("packs")
+
+    monkeypatch.setattr(RetrieveService, "part10", failing)
+
+    assert get(web, f"/studies/{STUDY}", ZIP).status == 503
 
 
 def test_an_archive_is_never_held(web: WebArchive) -> None:

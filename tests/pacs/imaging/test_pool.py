@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ from storage.kernel.errors import (
     Unsupported,
 )
 from storage.kernel.limits import MIB, Limits
+from tests.support.waiting import wait_until
 
 HANDLERS = """
 import os, time
@@ -137,3 +142,92 @@ def test_what_waits_for_a_process_holds_no_payload(pool: WorkerPool) -> None:
 def test_a_handler_that_is_not_there_is_an_error_of_the_job(pool: WorkerPool) -> None:
     with pytest.raises(MalformedObject, match="ModuleNotFoundError"):
         pool.run(Job("nowhere:nothing"))
+
+
+def _is_waiting(pool: WorkerPool, n: int) -> bool:
+    return pool.waiting() == n
+
+
+def test_turns_come_in_the_order_of_arrival(pool: WorkerPool) -> None:
+    """Who asks for job after job is served once between others, not before them."""
+    order: list[str] = []
+    greedy_is_busy, all_wait = threading.Event(), threading.Event()
+
+    def first() -> tuple[()]:
+        greedy_is_busy.set()
+        all_wait.wait(30)
+        return ()
+
+    def noting(name: str) -> Job:
+        def payloads() -> tuple[()]:
+            order.append(name)
+            return ()
+
+        return Job("handlers:joined", {}, payloads)
+
+    def greedy() -> None:
+        pool.run(Job("handlers:joined", {}, first))
+        for _ in range(5):
+            pool.run(noting("greedy"))
+
+    threads = [threading.Thread(target=greedy)]
+    threads[0].start()
+    greedy_is_busy.wait(30)
+    for n, name in enumerate(("a", "b", "c"), start=1):
+        threads.append(threading.Thread(target=pool.run, args=(noting(name),)))
+        threads[-1].start()
+        wait_until(partial(_is_waiting, pool, n), f"{name} to wait")
+    all_wait.set()
+    for thread in threads:
+        thread.join()
+
+    assert order == ["a", "b", "c", *["greedy"] * 5]
+
+
+def test_who_waits_too_long_leaves_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pool = WorkerPool(Limits(decode_seconds=0.2))
+    busy, go_on = threading.Event(), threading.Event()
+
+    def hold() -> tuple[()]:
+        busy.set()
+        go_on.wait(30)
+        return ()
+
+    holding = threading.Thread(
+        target=lambda: pool.run(Job("handlers:joined", {}, hold))
+    )
+    holding.start()
+    busy.wait(30)
+    with pytest.raises(DependencyDown, match="busy"):
+        pool.run(Job("handlers:joined"))
+    go_on.set()
+    holding.join()
+
+    # The place went back, not to one who had left.
+    assert pool.run(Job("handlers:joined")).body == b""
+    pool.close()
+
+
+def test_a_job_may_be_made_when_it_is_its_turn(pool: WorkerPool) -> None:
+    pool.run(Job("handlers:joined"))
+
+    def made() -> Job:
+        return Job("handlers:joined", {"idle": len(pool.pids())}, (b"x",))
+
+    assert pool.ask(made).head == {"n": 1, "idle": 0}
+
+
+def test_an_idle_process_that_is_killed_is_no_zombie_for_long(pool: WorkerPool) -> None:
+    pool.run(Job("handlers:joined"))
+    (pid,) = pool.pids()
+    assert Path(f"/proc/{pid}").exists()
+
+    os.kill(pid, signal.SIGKILL)
+
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the zombie to go")
+    assert pool.pids() == []
+    assert pool.run(Job("handlers:joined", {}, (b"a",))).body == b"a"
