@@ -29,6 +29,7 @@ from gateway import pages, viewing
 from gateway.app import Node, commitment, pack_folder, running_node
 from gateway.http import access, api, application, health
 from gateway.http.client import Clients
+from gateway.http.owners import Owners
 from gateway.http.protocol import BoundedProtocol
 from gateway.http.rules import RuleTable
 from gateway.identity import routes as identity_routes
@@ -195,6 +196,7 @@ def web_application(node: Node, intake: Intake) -> FastAPI:
             "sessions": node.identity.sessions,
             "logins": node.identity.logins,
             "trail": node.audit,
+            "owners": Owners(node.database),
             "clients": clients,
             "cookie": cookie.name,
             "open_access": settings.open,

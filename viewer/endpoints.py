@@ -196,11 +196,15 @@ def read_frames(
     level: Annotated[int, Query(ge=0, le=5)] = 0,
     start: Annotated[int, Query(alias="from", ge=0, lt=2**31)] = 0,
     v: Annotated[str, Query(max_length=64)] = "",
+    study: Annotated[str | None, Query(pattern=UID)] = None,
 ) -> Response:
     """Return the frames of a series in one stream (`viewer.framing`)."""
     policy.require(actor, "get")
     wanted = form or _accepted(request)
     found = source.frames(actor, series, form=wanted, order=order, level=level)
+    if study not in {None, found.study}:
+        # The record of this access names it.
+        raise NotFound("no such series in this study")
     if start > len(found.places):
         raise InvalidParameter("from", f"there are {len(found.places)} frames")
     etag = f"{found.version}-{start}"

@@ -17,17 +17,17 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
-from urllib.parse import parse_qsl
 
 from anyio import to_thread
 from fastapi import Response
+from starlette.datastructures import QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.http.client import Clients
 from gateway.http.rules import Rule, RuleTable
 from gateway.identity.recording import Origin
 from gateway.identity.sessions import Login, csrf_of
-from pacs.services.permissions import PERMISSIONS, Kind
+from pacs.services.permissions import PERMISSIONS, Action, Kind
 from pacs.services.policy import OPEN_ACTOR, AccessPolicy, purposes
 from pacs.web.problems import problem, problem_response
 from storage.audit import AuditEvent, Outcome
@@ -56,8 +56,17 @@ _PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "/api/v1/viewer": {"study": "study", "series": "series"},
 }
 _KEPT_QUERY = 1024
+_READING = frozenset((Action.FIND, Action.GET))
 #: Segments of paths that name an object without a UID.
 _OBJECTS = ("name", "title", "transaction")
+
+
+class Owners(Protocol):
+    """Finds to whom belongs what was answered."""
+
+    def complete(
+        self, event: AuditEvent, actor: Actor, names: Mapping[str, str]
+    ) -> list[AuditEvent]: ...
 
 
 class Sessions(Protocol):
@@ -145,6 +154,7 @@ class Gate:
     sessions : Sessions
     logins : BasicLogins
     trail : Trail
+    owners : Owners
     clients : Clients
         Tells addresses of clients and names of ours.
     cookie : str
@@ -166,6 +176,7 @@ class Gate:
         sessions: Sessions,
         logins: BasicLogins,
         trail: Trail,
+        owners: Owners,
         clients: Clients,
         cookie: str,
         open_access: bool,
@@ -178,6 +189,7 @@ class Gate:
         self._sessions = sessions
         self._logins = logins
         self._trail = trail
+        self._owners = owners
         self._clients = clients
         self._cookie = cookie.encode() + b"="
         self._open = open_access
@@ -230,11 +242,14 @@ class Gate:
         cookie = credential.secret if credential.is_cookie and login else ""
         token = ACCESS.set(Access(login, actor, origin, cookie))
         try:
-            if rule is None or actor is None or not rule.audited:
+            told = rule is not None and (rule.audited or method not in SAFE)
+            if rule is None or rule.action is None or actor is None or not told:
                 await self._app(scope, receive, send)
                 return
+            names = named(rule, names, scope)
             recording = _Recording(self, send, actor, rule, names, scope, origin)
-            await self._app(scope, receive, recording.send)
+            if await recording.begin():
+                await self._app(scope, receive, recording.send)
         finally:
             ACCESS.reset(token)
 
@@ -339,6 +354,7 @@ class Gate:
         # What a page asks for again and again, and is not told, is no news.
         told = rule is not None and (rule.audited or scope["method"] not in SAFE)
         if told and login is not None and rule is not None and rule.action is not None:
+            names = named(rule, names, scope)
             event = event_of(login.actor, rule, names, scope, origin)
             event = with_outcome(event, answer.status_code, str(error))
             try:
@@ -354,9 +370,26 @@ class Gate:
         else:
             await to_thread.run_sync(self._trail.record_now, event)
 
+    async def records_of_answer(
+        self, event: AuditEvent, actor: Actor, rule: Rule, names: Mapping[str, str]
+    ) -> list[AuditEvent]:
+        """Return the records of an answer: for each tenant that it concerns."""
+        is_whole = "study" in names or not names.keys() & {"series", "instance"}
+        if (
+            event.outcome is not Outcome.ALLOW
+            or rule.action not in _READING
+            or (is_whole and len(actor.tenants) == 1)
+        ):
+            return [event]
+        return await to_thread.run_sync(self._owners.complete, event, actor, names)
+
 
 class _Recording:
-    """Sends an answer once it is in the audit; 503 where it cannot be."""
+    """Sends an answer once it is in the audit; 503 where it cannot be.
+
+    What changes something is recorded before it begins, and once more where it was
+    refused or failed. Of what a service records itself, only the latter is recorded.
+    """
 
     def __init__(
         self,
@@ -372,15 +405,29 @@ class _Recording:
         self._send = send
         self._what = (actor, rule, names, scope, origin)
         self._is_refused = False
+        changes = scope["method"] not in SAFE and rule.action not in _READING
+        self._is_intended = changes and rule.audited
+        self._only_failures = changes
+
+    async def begin(self) -> bool:
+        """Record what is about to be changed; False: 503, as it cannot be."""
+        if not self._is_intended:
+            return True
+        scope = self._what[3]
+        try:
+            await self._gate.record(event_of(*self._what), scope["method"])
+        except ImagingError as error:
+            await problem_response(error)(scope, _nothing, self._send)
+            return False
+        return True
 
     async def send(self, message: Message) -> None:
         if self._is_refused:
             return
         if message["type"] == "http.response.start":
             scope, origin = self._what[3:]
-            event = with_outcome(event_of(*self._what), message["status"], "")
             try:
-                await self._gate.record(event, scope["method"])
+                await self._record(message["status"], scope["method"])
             except ImagingError as error:
                 self._is_refused = True
                 await problem_response(error)(scope, _nothing, self._send)
@@ -389,11 +436,33 @@ class _Recording:
             message["headers"] = [*message.get("headers", ()), request_id]
         await self._send(message)
 
+    async def _record(self, status: int, method: str) -> None:
+        event = with_outcome(event_of(*self._what), status, "")
+        if event.outcome is Outcome.ALLOW and self._only_failures:
+            return
+        actor, rule, names, *_ = self._what
+        for one in await self._gate.records_of_answer(event, actor, rule, names):
+            await self._gate.record(one, method)
+
 
 class _NoSuchMethod(Exception):
     def __init__(self, allowed: frozenset[str]) -> None:
         super().__init__()
         self.allowed = allowed
+
+
+def named(rule: Rule, names: Mapping[str, str], scope: Scope) -> Mapping[str, str]:
+    """Return what a request names by its path and by parameters of its query.
+
+    They are read as the routes read them: of several with one name, the last. The
+    server bounds how long a query may be.
+    """
+    parameters = _PARAMETERS.get(rule.path.partition("/**")[0])
+    if parameters is None or not scope["query_string"]:
+        return names
+    asked = QueryParams(scope["query_string"])
+    found = {kind: asked[name] for name, kind in parameters.items() if asked.get(name)}
+    return {**names, **found}
 
 
 def event_of(
@@ -406,15 +475,7 @@ def event_of(
     query = scope["query_string"]
     detail = None
     if query:
-        text = query[:_KEPT_QUERY].decode("latin-1")
-        detail = {"query": text}
-        parameters = _PARAMETERS.get(rule.path.partition("/**")[0], {})
-        if parameters:
-            asked = dict(parse_qsl(text))
-            found = {
-                kind: asked[name] for name, kind in parameters.items() if name in asked
-            }
-            names = {**names, **found}
+        detail = {"query": query[:_KEPT_QUERY].decode("latin-1")}
     kind = PERMISSIONS[action][0]
     purpose = actor.purpose
     if purpose is None and kind is Kind.STUDY:

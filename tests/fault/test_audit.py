@@ -10,7 +10,8 @@ from sqlalchemy import text
 
 from storage.kernel.limits import Limits
 from tests.support.accounts import Browser, Site, closed_site
-from tests.support.datasets import ct_slice
+from tests.support.datasets import ct_slice, part10
+from tests.support.dicomweb import multipart
 from tests.support.waiting import wait_until
 
 STUDIES = "/dicom-web/studies"
@@ -80,3 +81,30 @@ def test_d14_nobody_logs_in_while_the_audit_is_away(site: Site) -> None:
 
     mend_audit(site)
     assert site.browser().log_in("li").status == 200
+
+
+def test_d14_nothing_is_deleted_while_the_audit_is_away(
+    site: Site, doctor: Browser
+) -> None:
+    study = str(ct_slice(seed=1).StudyInstanceUID)
+    break_audit(site)
+
+    assert doctor.request("DELETE", f"{STUDIES}/{study}").status == 503
+
+    mend_audit(site)
+    assert study in doctor.get(STUDIES).text
+
+
+def test_d14_nothing_is_stored_while_the_audit_is_away(
+    site: Site, doctor: Browser
+) -> None:
+    body, headers = multipart([part10(ct_slice(seed=2))])
+    break_audit(site)
+
+    assert doctor.request("POST", STUDIES, body, headers).status == 503
+
+    mend_audit(site)
+    study = str(ct_slice(seed=2).StudyInstanceUID)
+    assert study not in doctor.get(STUDIES).text
+    assert doctor.request("POST", STUDIES, body, headers).status == 200
+    assert study in doctor.get(STUDIES).text
