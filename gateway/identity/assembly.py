@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from gateway.identity.logins import LoginService
 from gateway.identity.passwords import Passwords
 from gateway.identity.recording import Recorder, Trail
-from gateway.identity.services import AccountService, TokenService
+from gateway.identity.services import AccountService
 from gateway.identity.sessions import SessionService
 from gateway.identity.tickets import TicketService
+from gateway.identity.tokens import TokenService
 from pacs.services.policy import AccessPolicy
 from storage.db.engine import Database
 from storage.kernel.clock import Clock
@@ -37,7 +38,7 @@ def assemble(
     passwords: Passwords | None = None,
 ) -> Identity:
     """Return the services of this process."""
-    recorder = Recorder(trail)
+    recorder = Recorder(trail, database)
     sessions = SessionService(database=database, clock=clock, settings=settings)
     if passwords is None:
         passwords = Passwords(

@@ -152,7 +152,11 @@ def use_ticket(connection: Connection, pk: int, now_us: int) -> bool:
     """Take a ticket, once: of two who try, one is told False."""
     taken = connection.execute(
         update(LaunchTicket)
-        .where(LaunchTicket.id == pk, LaunchTicket.used_us.is_(None))
+        .where(
+            LaunchTicket.id == pk,
+            LaunchTicket.used_us.is_(None),
+            LaunchTicket.expires_us > now_us,
+        )
         .values(used_us=now_us)
     )
     return bool(taken.rowcount)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import segno
+from sqlalchemy import Connection
 
 from gateway.identity import repository as rows
 from gateway.identity.passwords import Passwords
@@ -279,21 +280,24 @@ class LoginService:
         self._forgive(subjects)
         self._rule.check(wanted, account.name)
         password_hash = self._new_hash(account, wanted)
-        set_password(
-            self._database,
-            account,
-            password_hash,
-            must_change=False,
-            now_us=self._clock.now_us(),
-            history=self._settings.password_history,
-        )
-        self._recorder.record(
-            login.actor,
-            "account.password",
-            origin,
-            object_kind="account",
-            object_id=account.name,
-        )
+        with self._recorder.transaction() as made:
+            connection = made.connection
+            set_password(
+                connection,
+                account,
+                password_hash,
+                must_change=False,
+                now_us=self._clock.now_us(),
+                history=self._settings.password_history,
+            )
+            self._recorder.record(
+                login.actor,
+                "account.password",
+                origin,
+                object_kind="account",
+                object_id=account.name,
+                within=made,
+            )
         return self._renewed(login, origin)
 
     def _new_hash(self, account: AccountRow, wanted: str) -> str:
@@ -310,9 +314,12 @@ class LoginService:
     def begin_totp(self, login: Login, origin: Origin) -> TotpSetup:
         """Return a new secret; it counts once a code of it has been shown."""
         secret = new_totp_secret()
-        with self._database.write() as connection:
+        with self._recorder.transaction() as made:
+            connection = made.connection
             rows.change_account(connection, _pk(login), totp_pending=secret)
-        self._recorder.record(login.actor, "account.totp_begin", origin)
+            self._recorder.record(
+                login.actor, "account.totp_begin", origin, within=made
+            )
         return TotpSetup(secret, totp_uri(secret, login.actor.name, ISSUER))
 
     def confirm_totp(
@@ -348,7 +355,8 @@ class LoginService:
         if step is None:
             self._refuse(name, origin, "account.totp", "wrong code")
         self._forgive(subjects)
-        with self._database.write() as connection:
+        with self._recorder.transaction() as made:
+            connection = made.connection
             rows.change_account(
                 connection,
                 account.id,
@@ -357,13 +365,14 @@ class LoginService:
                 totp_step=step,
                 updated_us=now_us,
             )
-        self._recorder.record(
-            login.actor,
-            "account.totp",
-            origin,
-            object_kind="account",
-            object_id=account.name,
-        )
+            self._recorder.record(
+                login.actor,
+                "account.totp",
+                origin,
+                object_kind="account",
+                object_id=account.name,
+                within=made,
+            )
         return self._renewed(login, origin, second_factor=True)
 
     def _renewed(
@@ -389,7 +398,7 @@ def _pk(login: Login) -> int:
 
 
 def set_password(
-    database: Database,
+    connection: Connection,
     account: AccountRow,
     password_hash: str,
     *,
@@ -398,15 +407,14 @@ def set_password(
     history: int,
 ) -> None:
     """Replace a password, and remember the one it replaces."""
-    with database.write() as connection:
-        rows.keep_old_password(
-            connection, account.id, account.password_hash, now_us, history
-        )
-        rows.change_account(
-            connection,
-            account.id,
-            password_hash=password_hash,
-            password_us=now_us,
-            must_change=int(must_change),
-            updated_us=now_us,
-        )
+    rows.keep_old_password(
+        connection, account.id, account.password_hash, now_us, history
+    )
+    rows.change_account(
+        connection,
+        account.id,
+        password_hash=password_hash,
+        password_us=now_us,
+        must_change=int(must_change),
+        updated_us=now_us,
+    )

@@ -104,13 +104,21 @@ def account_values(
     return values
 
 
-def find_account(connection: Connection, name: str) -> AccountRow | None:
-    row = connection.execute(select(*_ACCOUNT).where(Account.name == name)).first()
+def find_account(
+    connection: Connection, name: str, *, hold: bool = False
+) -> AccountRow | None:
+    """Return an account by its name; `hold` it until the commit."""
+    query = select(*_ACCOUNT).where(Account.name == name)
+    row = connection.execute(query.with_for_update() if hold else query).first()
     return None if row is None else _account(row)
 
 
-def account_by_pk(connection: Connection, pk: int) -> AccountRow | None:
-    row = connection.execute(select(*_ACCOUNT).where(Account.id == pk)).first()
+def account_by_pk(
+    connection: Connection, pk: int, *, hold: bool = False
+) -> AccountRow | None:
+    """Return an account; `hold` it until the commit."""
+    query = select(*_ACCOUNT).where(Account.id == pk)
+    row = connection.execute(query.with_for_update() if hold else query).first()
     return None if row is None else _account(row)
 
 

@@ -14,7 +14,7 @@ from gateway.http.client import Clients
 from gateway.identity.grants import TokenRow
 from gateway.identity.logins import LoginService
 from gateway.identity.repository import AccountRow
-from gateway.identity.services import AccountService, NewAccount, TokenService
+from gateway.identity.services import AccountService, NewAccount
 from gateway.identity.sessions import Login, csrf_of
 from gateway.identity.tickets import (
     TicketService,
@@ -22,6 +22,7 @@ from gateway.identity.tickets import (
     patients_of,
     studies_of,
 )
+from gateway.identity.tokens import TokenService
 from pacs.services.permissions import Action
 from pacs.services.policy import AccessPolicy
 from storage.kernel.errors import InvalidParameter, NotAllowed, NotAuthenticated

@@ -1,4 +1,4 @@
-"""Keeping accounts and tokens: who may, is the policy's to say; each change is audited.
+"""Keeping accounts: who may, is the policy's to say; each change is audited.
 
 Nobody changes the account he acts with: the relation ``self`` is in no cell of these
 actions.
@@ -9,42 +9,45 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from gateway.identity import grants
 from gateway.identity import repository as rows
-from gateway.identity.grants import TokenRow
 from gateway.identity.logins import set_password
 from gateway.identity.passwords import Passwords
-from gateway.identity.recording import Origin, Recorder
+from gateway.identity.recording import Origin, Recorder, Transaction
 from gateway.identity.repository import AccountRow
 from gateway.identity.rules import (
     account_name,
-    digest_of,
     lock_subjects,
-    new_secret,
     one_time_password,
     roles_of,
     tenant_name,
 )
-from gateway.identity.sessions import DAY_US, SessionService, end_all_in
+from gateway.identity.sessions import SessionService, end_all_in
 from pacs.services.permissions import Action, Kind
 from pacs.services.policy import AccessPolicy, Resource
 from storage.db.engine import Database
 from storage.kernel.clock import Clock
-from storage.kernel.errors import Conflict, InvalidParameter, NotFound, TooLarge
+from storage.kernel.errors import (
+    Conflict,
+    InvalidParameter,
+    NotAllowed,
+    NotFound,
+    TooLarge,
+)
 from storage.kernel.settings import Identity
 from storage.kernel.types import Actor, PatientKey, Role
 
 MAX_ACCOUNTS = 1_000_000
-MAX_TOKENS = 10_000
 MAX_PATIENTS = 32
 MAX_LISTED = 1000
 MAX_DISPLAY_NAME = 128
-#: Begins every token, so that one that leaks can be found in logs and sources.
-TOKEN_PREFIX = "hyt_"  # noqa: S105  # no secret
+#: Whoever logs in gives a name and no institution, so each name is used once on a node.
+#: Whose it is, is not said: those who keep accounts see their own institution's.
+TAKEN = "this name is, or was, in use on this node: choose another"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +127,22 @@ class AccountService:
         patients = _patients(roles, wanted.patients)
         readable = {tenant_name(one) for one in wanted.readable} - {tenant}
         display = _display_name(wanted.display_name)
-        for action in (Action.KEEP_ACCOUNTS, Action.GRANT):
-            for one in (tenant, *readable, *(key.tenant for key in patients)):
-                self._policy.require(actor, action, Resource(Kind.ACCOUNT, one, name))
         password = one_time_password()
         password_hash = self._passwords.hash(password)
         now_us = self._clock.now_us()
-        with self._database.write() as connection, _taken(f"account called {name}"):
+        with taken(), self._recorder.transaction() as made:
+            connection = made.connection
+            for action in (Action.KEEP_ACCOUNTS, Action.GRANT):
+                for one in (tenant, *readable, *(key.tenant for key in patients)):
+                    resource = Resource(Kind.ACCOUNT, one, name)
+                    self._policy.require(actor, action, resource)
             held = rows.count_accounts(connection)
             if first and held:
                 raise Conflict("there are accounts already")
             if held >= MAX_ACCOUNTS:
                 raise TooLarge("accounts", MAX_ACCOUNTS)
             if rows.find_account(connection, name) is not None:
-                raise Conflict(f"there is an account called {name}")
+                raise Conflict(TAKEN)
             for one in (tenant, *readable):
                 rows.add_tenant(connection, one, now_us)
             rows.add_account(
@@ -154,7 +159,15 @@ class AccountService:
                     readable=readable, roles=roles, patients=patients
                 ),
             )
-        self._record(actor, "account.add", name, tenant, origin, roles=sorted(roles))
+            self._record(
+                made,
+                actor,
+                "account.add",
+                name,
+                tenant,
+                origin,
+                roles=sorted(roles),
+            )
         return password
 
     def list(
@@ -179,46 +192,62 @@ class AccountService:
 
     def disable(self, actor: Actor, name: str, origin: Origin) -> None:
         """Let nobody log in with an account; its sessions end."""
-        account = self._keep(actor, name, Action.KEEP_ACCOUNTS)
-        self._change(account, state="disabled")
-        self._sessions.end_all(account.id)
-        self._record(actor, "account.disable", account.name, account.tenant, origin)
+        with self._changing(actor, name, "account.disable", origin) as change:
+            change.set(state="disabled")
+            change.end_sessions()
 
     def enable(self, actor: Actor, name: str, origin: Origin) -> None:
-        """Let an account be used again, and forget failures to log in with it."""
-        account = self._keep(actor, name, Action.KEEP_ACCOUNTS)
-        with self._database.write() as connection:
-            rows.change_account(
-                connection, account.id, state="active", updated_us=self._clock.now_us()
-            )
-            rows.forgive(connection, lock_subjects(account.name, "")[:1])
-        self._sessions.forget()
-        self._record(actor, "account.enable", account.name, account.tenant, origin)
+        """Let an account be used again, and forget failures to log in with it.
+
+        Raises
+        ------
+        NotAllowed
+            Among others: it sees institutions that the actor keeps no accounts of.
+        NotFound
+        """
+        with self._changing(actor, name, "account.enable", origin) as change:
+            self._require_reach(actor, Action.KEEP_ACCOUNTS, change.account)
+            change.set(state="active")
+            change.forgive()
 
     def reset_password(self, actor: Actor, name: str, origin: Origin) -> str:
-        """Return a new password to log in with once; all sessions end."""
-        account = self._keep(actor, name, Action.KEEP_ACCOUNTS)
+        """Return a new password to log in with once; all sessions end.
+
+        Raises
+        ------
+        NotAllowed
+            As of `enable`: whoever is told the password could see what it shows.
+        NotFound
+        """
         password = one_time_password()
-        set_password(
-            self._database,
-            account,
-            self._passwords.hash(password),
-            must_change=True,
-            now_us=self._clock.now_us(),
-            history=self._settings.password_history,
-        )
-        with self._database.write() as connection:
-            rows.forgive(connection, lock_subjects(account.name, "")[:1])
-        self._sessions.end_all(account.id)
-        self._record(actor, "account.reset", account.name, account.tenant, origin)
+        password_hash = self._passwords.hash(password)
+        with self._changing(actor, name, "account.reset", origin) as change:
+            self._require_reach(actor, Action.KEEP_ACCOUNTS, change.account)
+            set_password(
+                change.connection,
+                change.account,
+                password_hash,
+                must_change=True,
+                now_us=change.now_us,
+                history=self._settings.password_history,
+            )
+            change.forgive()
+            change.end_sessions()
         return password
 
     def reset_totp(self, actor: Actor, name: str, origin: Origin) -> None:
-        """Forget a second factor that was lost; it is set up anew at the next login."""
-        account = self._keep(actor, name, Action.KEEP_ACCOUNTS)
-        self._change(account, totp_secret="", totp_pending="", totp_step=0)
-        self._sessions.end_all(account.id)
-        self._record(actor, "account.totp_reset", account.name, account.tenant, origin)
+        """Forget a second factor that was lost; it is set up anew at the next login.
+
+        Raises
+        ------
+        NotAllowed
+            As of `enable`.
+        NotFound
+        """
+        with self._changing(actor, name, "account.totp_reset", origin) as change:
+            self._require_reach(actor, Action.KEEP_ACCOUNTS, change.account)
+            change.set(totp_secret="", totp_pending="", totp_step=0)
+            change.end_sessions()
 
     def set_roles(
         self,
@@ -234,42 +263,62 @@ class AccountService:
         Raises
         ------
         NotAllowed
-            Among others: to the own account.
+            Among others: to the own account; and, unless rights are only taken away,
+            to one that would see institutions that the actor keeps no accounts of.
+        NotFound
+        InvalidParameter
         """
-        account = self._keep(actor, name, Action.GRANT)
         wanted = roles_of(roles)
-        _patients(wanted, tuple(account.patients))
-        others = account.readable
-        if readable is not None:
-            others = frozenset(map(tenant_name, readable)) - {account.tenant}
-        for one in others - account.readable:
-            resource = Resource(Kind.ACCOUNT, one, account.name)
-            self._policy.require(actor, Action.GRANT, resource)
-        with self._database.write() as connection:
+        with self._changing(
+            actor, name, "account.roles", origin, Action.GRANT
+        ) as change:
+            account, others = change.account, change.account.readable
+            _patients(wanted, tuple(account.patients))
+            if readable is not None:
+                others = frozenset(map(tenant_name, readable)) - {account.tenant}
+            if not (wanted <= account.roles and others <= account.readable):
+                made = replace(account, readable=others)
+                self._require_reach(actor, Action.GRANT, made)
             for one in others:
-                rows.add_tenant(connection, one, self._clock.now_us())
-            rows.change_account(
-                connection,
-                account.id,
-                updated_us=self._clock.now_us(),
-                **rows.account_values(roles=wanted, readable=others),
-            )
-        self._sessions.end_all(account.id)
-        self._record(
-            actor,
-            "account.roles",
-            account.name,
-            account.tenant,
-            origin,
-            roles=sorted(wanted),
-            roles_before=sorted(account.roles),
-            readable=sorted(others),
-        )
+                rows.add_tenant(change.connection, one, change.now_us)
+            change.set(**rows.account_values(roles=wanted, readable=others))
+            change.end_sessions()
+            change.detail = {
+                "roles": sorted(wanted),
+                "roles_before": sorted(account.roles),
+                "readable": sorted(others),
+            }
 
-    def _keep(self, actor: Actor, name: str, action: Action) -> AccountRow:
+    @contextmanager
+    def _changing(
+        self,
+        actor: Actor,
+        name: str,
+        event: str,
+        origin: Origin,
+        action: Action = Action.KEEP_ACCOUNTS,
+    ) -> Iterator[_Change]:
+        """Yield the change of an account, which commits with its audit record."""
+        with self._recorder.transaction() as made:
+            account = self._keep(made.connection, actor, name, action)
+            change = _Change(made.connection, account, self._clock.now_us())
+            yield change
+            self._record(
+                made,
+                actor,
+                event,
+                account.name,
+                account.tenant,
+                origin,
+                **change.detail,
+            )
+        self._sessions.forget()
+
+    def _keep(
+        self, connection: Connection, actor: Actor, name: str, action: Action
+    ) -> AccountRow:
         """Return an account that `actor` may change; one of others does not exist."""
-        with self._database.read() as connection:
-            account = rows.find_account(connection, name.strip().lower())
+        account = rows.find_account(connection, name.strip().lower(), hold=True)
         if account is None or not self._is_near(actor, account):
             self._policy.require(actor, action)
             raise NotFound("no such account")
@@ -281,14 +330,23 @@ class AccountService:
     def _is_near(actor: Actor, account: AccountRow) -> bool:
         return Role.SYSTEM in actor.roles or account.tenant in actor.tenants
 
-    def _change(self, account: AccountRow, **values: str | int) -> None:
-        with self._database.write() as connection:
-            rows.change_account(
-                connection, account.id, updated_us=self._clock.now_us(), **values
-            )
+    def _require_reach(self, actor: Actor, action: Action, account: AccountRow) -> None:
+        """Require that `actor` keeps accounts of all that an account sees.
+
+        Else whoever keeps accounts of one institution would see others' studies with
+        the eyes of those who may.
+        """
+        for one in (*account.readable, *(key.tenant for key in account.patients)):
+            resource = Resource(Kind.ACCOUNT, one, account.name)
+            if not self._policy.decide(actor, action, resource).allowed:
+                raise NotAllowed(
+                    f"{action} is not allowed: the account sees {one}, of which you"
+                    " keep no accounts"
+                )
 
     def _record(
         self,
+        within: Transaction,
         actor: Actor,
         action: str,
         name: str,
@@ -304,16 +362,46 @@ class AccountService:
             object_id=name,
             object_tenant="" if tenant == actor.tenant else tenant,
             detail=detail or None,
+            within=within,
         )
 
 
+@dataclass(slots=True)
+class _Change:
+    """A change of one account, in its transaction.
+
+    Attributes
+    ----------
+    detail : dict
+        Of its audit record.
+    """
+
+    connection: Connection
+    account: AccountRow
+    now_us: int
+    detail: dict[str, builtins.list[str]] = field(default_factory=dict)
+
+    def set(self, **values: str | int) -> None:
+        """Write columns of the account."""
+        rows.change_account(
+            self.connection, self.account.id, updated_us=self.now_us, **values
+        )
+
+    def forgive(self) -> None:
+        """Forget the failures to log in with the account."""
+        rows.forgive(self.connection, lock_subjects(self.account.name, "")[:1])
+
+    def end_sessions(self) -> None:
+        end_all_in(self.connection, account_pk=self.account.id)
+
+
 @contextmanager
-def _taken(what: str) -> Iterator[None]:
+def taken() -> Iterator[None]:
     """Tell of a name that somebody else has taken at the same moment."""
     try:
         yield
     except IntegrityError as error:
-        raise Conflict(f"there is, or was, a {what}") from error
+        raise Conflict(TAKEN) from error
 
 
 def _display_name(text: str) -> str:
@@ -338,114 +426,3 @@ def _patients(
         if not 0 < len(one.patient_id) <= 64 or len(one.issuer) > 64:
             raise InvalidParameter("patients", "a Patient ID has 1 to 64 characters")
     return frozenset(patients)
-
-
-class TokenService:
-    """Make, list and revoke the tokens of machines; parameters as `AccountService`."""
-
-    def __init__(
-        self,
-        *,
-        database: Database,
-        clock: Clock,
-        settings: Identity,
-        policy: AccessPolicy,
-        sessions: SessionService,
-        recorder: Recorder,
-    ) -> None:
-        self._database = database
-        self._clock = clock
-        self._settings = settings
-        self._policy = policy
-        self._sessions = sessions
-        self._recorder = recorder
-
-    def add(
-        self,
-        actor: Actor,
-        wanted: NewAccount,
-        origin: Origin,
-        *,
-        days: float | None = None,
-    ) -> str:
-        """Make a token; return it. It is shown this once: only its digest is kept.
-
-        Raises
-        ------
-        InvalidParameter
-        Conflict
-            The name is taken; those of revoked tokens stay so.
-        """
-        name, tenant = account_name(wanted.name), tenant_name(wanted.tenant)
-        roles = roles_of(wanted.roles)
-        if roles & {Role.PATIENT, Role.SECURITY_ADMINISTRATOR}:
-            raise InvalidParameter("roles", "not for a machine")
-        readable = {tenant_name(one) for one in wanted.readable} - {tenant}
-        for one in (tenant, *readable):
-            self._policy.require(actor, Action.KEEP_TOKENS, Resource(Kind.TOKEN, one))
-        most = self._settings.token_days
-        span = most if days is None else days
-        if not 0 < span <= most:
-            raise InvalidParameter("days", f"more than 0, at most {most:g}")
-        secret, now_us = TOKEN_PREFIX + new_secret(), self._clock.now_us()
-        values = rows.account_values(readable=readable, roles=roles)
-        with self._database.write() as connection, _taken(f"token called {name}"):
-            if grants.find_token(connection, name=name) is not None:
-                raise Conflict(f"there is, or was, a token called {name}")
-            if grants.count_tokens(connection) >= MAX_TOKENS:
-                raise TooLarge("tokens", MAX_TOKENS)
-            for one in (tenant, *readable):
-                rows.add_tenant(connection, one, now_us)
-            grants.add_token(
-                connection,
-                digest=digest_of(secret),
-                name=name,
-                tenant=tenant,
-                created_by=actor.name,
-                created_us=now_us,
-                expires_us=now_us + int(span * DAY_US),
-                **values,
-            )
-        self._record(actor, "token.add", name, origin, sorted(roles))
-        return secret
-
-    def list(self, actor: Actor) -> list[TokenRow]:
-        """Return the tokens of the actor's tenants, revoked ones too."""
-        self._policy.require(actor, Action.KEEP_TOKENS)
-        tenants = None if Role.SYSTEM in actor.roles else actor.tenants
-        with self._database.read() as connection:
-            return grants.list_tokens(connection, tenants, MAX_LISTED)
-
-    def revoke(self, actor: Actor, name: str, origin: Origin) -> None:
-        """End a token, and what its tickets have opened."""
-        self._policy.require(actor, Action.KEEP_TOKENS)
-        with self._database.read() as connection:
-            token = grants.find_token(connection, name=name.strip().lower())
-        resource = None if token is None else Resource(Kind.TOKEN, token.tenant)
-        if (
-            token is None
-            or not self._policy.decide(actor, Action.KEEP_TOKENS, resource).allowed
-        ):
-            raise NotFound("no such token")
-        with self._database.write() as connection:
-            grants.revoke_token(connection, token.id, self._clock.now_us())
-            end_all_in(connection, token_pk=token.id)
-        self._sessions.forget()
-        self._record(actor, "token.revoke", token.name, origin, sorted(token.roles))
-
-    def _record(
-        self,
-        actor: Actor,
-        action: str,
-        name: str,
-        origin: Origin,
-        roles: builtins.list[str],
-    ) -> None:
-        self._recorder.record(
-            actor,
-            action,
-            origin,
-            object_kind="token",
-            object_id=name,
-            detail={"roles": roles},
-        )

@@ -183,7 +183,7 @@ class SessionService:
         if session.kind == "login":
             found = None if account is None else self.of_account(account, session)
         else:
-            found = self._of_ticket(session, account, token, now_us)
+            found = self.of_ticket(session, account, token, now_us)
         return found, now_us - session.seen_us > session.idle_us / TOUCH_PART
 
     def of_account(
@@ -221,12 +221,13 @@ class SessionService:
         return Login(actor_of_token(token), "token", token_pk=token.id)
 
     @staticmethod
-    def _of_ticket(
+    def of_ticket(
         session: SessionRow,
         account: AccountRow | None,
         token: TokenRow | None,
         now_us: int,
     ) -> Login | None:
+        """Return what whoever used a ticket may see; None: nothing any more."""
         issuer = issuer_of(account, token, now_us)
         if session.scope is None or not may_issue(
             issuer, session.scope, session.purpose

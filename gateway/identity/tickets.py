@@ -116,7 +116,8 @@ class TicketService:
         now_us = self._clock.now_us()
         expires_us = now_us + int(self._settings.ticket_seconds * 1e6)
         session = login.session
-        with self._database.write() as connection:
+        with self._recorder.transaction() as made:
+            connection = made.connection
             # Held until the commit: whoever ends the session finds the ticket too.
             if session and not rows.touch_session(connection, session.id, now_us):
                 raise NotAuthenticated("the session has ended")
@@ -136,16 +137,17 @@ class TicketService:
                 created_us=now_us,
                 expires_us=expires_us,
             )
-        self._recorder.record(
-            actor,
-            "ticket.issue",
-            origin,
-            object_kind="ticket",
-            object_id=public_id,
-            study_uid=wanted.study_uid,
-            patient_id=wanted.patient_id,
-            purpose=purpose.value,
-        )
+            self._recorder.record(
+                actor,
+                "ticket.issue",
+                origin,
+                object_kind="ticket",
+                object_id=public_id,
+                study_uid=wanted.study_uid,
+                patient_id=wanted.patient_id,
+                purpose=purpose.value,
+                within=made,
+            )
         return IssuedTicket(secret, public_id, purpose.value, expires_us)
 
     def _scope(self, actor: Actor, wanted: WantedTicket) -> Scope:
@@ -213,28 +215,48 @@ class TicketService:
             tickets for this. Which of these, only the audit says.
         """
         opened, now_us = new_secret(), self._clock.now_us()
-        with self._database.write() as connection:
-            ticket = None
+        ticket = login = None
+        with self._recorder.transaction() as made:
+            connection = made.connection
             if 0 < len(secret) <= MAX_SECRET:
                 ticket = grants.find_ticket(connection, digest_of(secret))
             reason = _reason(ticket, now_us)
             if ticket is not None and not reason:
                 account = token = None
                 if ticket.account_pk is not None:
-                    account = rows.account_by_pk(connection, ticket.account_pk)
+                    # Held: no change of his rights goes by between this and the
+                    # session, which would not end with them.
+                    account = rows.account_by_pk(
+                        connection, ticket.account_pk, hold=True
+                    )
                 if ticket.token_pk is not None:
                     token = grants.find_token(connection, pk=ticket.token_pk)
                 issuer = issuer_of(account, token, now_us)
                 if not may_issue(issuer, ticket.scope, ticket.purpose):
                     reason = "its issuer may no longer"
                 elif not grants.use_ticket(connection, ticket.id, now_us):
-                    reason = "used before"
+                    ticket = grants.find_ticket(connection, digest_of(secret))
+                    reason = _reason(ticket, now_us) or "used before"
             if ticket is not None and not reason:
                 rows.end_old_sessions(connection, now_us)
                 values = self._sessions.for_ticket(ticket, address=origin.source)
                 rows.add_session(connection, digest=digest_of(opened), **values)
-        login = None if reason else self._sessions.find(opened)
-        if ticket is None or login is None:
+                session = rows.find_session(connection, digest_of(opened))
+                if session is not None:
+                    login = self._sessions.of_ticket(session, account, token, now_us)
+            if ticket is not None and login is not None:
+                self._recorder.record(
+                    login.actor,
+                    "ticket.exchange",
+                    origin,
+                    object_kind="ticket",
+                    object_id=ticket.public_id,
+                    study_uid=next(iter(studies_of(ticket.scope)), ""),
+                    patient_id=next(iter(patients_of(ticket.scope)), ""),
+                    purpose=ticket.purpose,
+                    within=made,
+                )
+        if login is None:
             self._recorder.refuse(
                 "" if ticket is None else f"ticket:{ticket.issuer}",
                 "ticket.exchange",
@@ -244,16 +266,6 @@ class TicketService:
                 object_id="" if ticket is None else ticket.public_id,
             )
             raise NotAuthenticated(REFUSED)
-        self._recorder.record(
-            login.actor,
-            "ticket.exchange",
-            origin,
-            object_kind="ticket",
-            object_id=ticket.public_id,
-            study_uid=next(iter(studies_of(ticket.scope)), ""),
-            patient_id=next(iter(patients_of(ticket.scope)), ""),
-            purpose=ticket.purpose,
-        )
         return opened, login
 
 

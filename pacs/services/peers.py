@@ -7,7 +7,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -53,8 +53,13 @@ _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 class Trail(Protocol):
     """The audit trail."""
 
-    def record_in(self, connection: Connection, event: AuditEvent) -> None:
-        """Record a change in the transaction that makes it."""
+    def record_in(
+        self, connection: Connection, event: AuditEvent
+    ) -> Callable[[], None]:
+        """Record a change in the transaction that makes it.
+
+        What is returned is to be called after the commit.
+        """
         ...
 
 
@@ -142,7 +147,8 @@ class PeerService:
             connection.execute(
                 statement.on_conflict_do_update(index_elements=["title"], set_=values)
             )
-            self._record(connection, by, peer.title, before, peer)
+            note = self._record(connection, by, peer.title, before, peer)
+        note()
         self._read_at = -CACHE_SECONDS
 
     def remove(self, title: str, by: AuditEvent | None = None) -> None:
@@ -160,7 +166,8 @@ class PeerService:
             if before is None:
                 raise NotFound(f"no peer called {title}")
             connection.execute(delete(Peer).where(Peer.title == title))
-            self._record(connection, by, title, before, None)
+            note = self._record(connection, by, title, before, None)
+        note()
         self._read_at = -CACHE_SECONDS
 
     def _record(
@@ -170,9 +177,11 @@ class PeerService:
         title: str,
         before: KnownPeer | None,
         after: KnownPeer | None,
-    ) -> None:
-        if self._trail is not None and by is not None:
-            self._trail.record_in(connection, _change(by, title, before, after))
+    ) -> Callable[[], None]:
+        """Record a change; return what is left to do after its commit."""
+        if self._trail is None or by is None:
+            return lambda: None
+        return self._trail.record_in(connection, _change(by, title, before, after))
 
     def _not_configured(self, title: str) -> None:
         if title in self._configured:

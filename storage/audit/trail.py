@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -210,14 +211,23 @@ class AuditTrail:
         except ImagingError as error:
             raise DependencyDown(f"audit: {error}") from error
 
-    def record_in(self, connection: Connection, event: AuditEvent) -> None:
+    def record_in(
+        self, connection: Connection, event: AuditEvent
+    ) -> Callable[[], None]:
         """Record a change in the transaction that makes it.
 
         The last statement before the commit: the chain is locked until then. With
         SQLite the connection must come from `Database.write`.
+
+        Returns
+        -------
+        callable
+            Notes outside the database how far the chain is; to be called after the
+            commit. Until it is, or the next record, this one could be cut off unseen.
         """
         now_us = self._clock.now_us()
-        self._append(connection, [self._entry(event)], now_us)
+        before, head = self._append(connection, [self._entry(event)], now_us)
+        return partial(self._remember, before, head)
 
     def check(self) -> None:
         """Raise DependencyDown while reads are refused."""

@@ -39,7 +39,7 @@ from pacs.services.policy import KnownPeer
 from storage.kernel.settings import AeSettings, Dimse, PeerSettings
 from storage.kernel.types import PatientKey
 from tests.gateway.identity.test_access import every_route
-from tests.support.accounts import Browser, Site, closed_site
+from tests.support.accounts import CLI, SYSTEM, Browser, Site, closed_site
 from tests.support.datasets import ct_slice, uid
 from tests.support.dicom_peers import PyScp
 
@@ -239,8 +239,113 @@ def test_nobody_grants_to_himself_over_http(site: Site) -> None:
         "PUT", "/api/v1/accounts/new/roles", {"roles": ["radiologist"]}
     )
     assert given.status == 204
-    [record] = site.audit(action="account.roles")
+    [record] = site.audit(action="account.roles", outcome="allow")
     assert (record["actor"], record["object_id"]) == ("guard", "new")
+
+
+def keeper_of(site: Site, tenant: str, **options: Any) -> Browser:
+    """Return a security administrator of an institution."""
+    keeper = site.logged_in(
+        f"sec-{tenant}", "security_administrator", tenant=tenant, **options
+    )
+    setup_totp(keeper)
+    return keeper
+
+
+ACCOUNTS = "/api/v1/accounts"
+AS_RADIOLOGIST = {"roles": ["radiologist"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "roles", AS_RADIOLOGIST),
+        ("PUT", "roles", {"roles": ["radiologist"], "readable": ["default"]}),
+        ("PUT", "roles", {"roles": ["reviewer"], "readable": ["default", "c"]}),
+        ("POST", "reset-password", None),
+        ("POST", "reset-totp", None),
+        ("POST", "enable", None),
+    ],
+)
+def test_no_institution_is_gained_through_an_account_that_sees_it(
+    any_site: Site, method: str, path: str, body: Any
+) -> None:
+    any_site.store(ct_slice(seed=OURS))
+    any_site.add("consult", "reviewer", tenant="b", readable=("default",))
+    if path == "enable":
+        any_site.node.identity.accounts.disable(SYSTEM, "consult", CLI)
+    keeper = keeper_of(any_site, "b")
+    before = keeper.get(ACCOUNTS).json()
+
+    answer = keeper.request(method, f"{ACCOUNTS}/consult/{path}", body)
+
+    assert answer.status == 403, answer.text
+    assert "the account sees" in answer.json()["detail"]
+    assert "password" not in answer.json()
+    assert keeper.get(ACCOUNTS).json() == before
+
+
+def test_an_account_of_other_patients_is_not_taken_over(any_site: Site) -> None:
+    elsewhere = (PatientKey("default", "", "PID1"),)
+    any_site.add("p1", "patient", tenant="b", patients=elsewhere)
+    keeper = keeper_of(any_site, "b")
+
+    for path in ("reset-password", "reset-totp", "enable"):
+        assert keeper.post(f"{ACCOUNTS}/p1/{path}").status == 403, path
+    assert keeper.post(f"{ACCOUNTS}/p1/disable").status == 204
+
+
+def test_rights_in_other_institutions_can_be_taken_away(any_site: Site) -> None:
+    """And what sees no more than the own institution is kept as ever."""
+    any_site.add("consult", "radiologist", "reviewer", tenant="b", readable=("a", "c"))
+    keeper = keeper_of(any_site, "b")
+    roles = f"{ACCOUNTS}/consult/roles"
+
+    for body in (
+        {"roles": ["reviewer"]},
+        {"roles": ["reviewer"], "readable": ["c"]},
+        {"roles": ["radiologist"], "readable": []},
+    ):
+        assert keeper.request("PUT", roles, body).status == 204, body
+    answer = keeper.post(f"{ACCOUNTS}/consult/reset-password")
+    assert answer.status == 200
+    again = {"roles": ["radiologist"], "readable": ["c"]}
+    assert keeper.request("PUT", roles, again).status == 403
+
+
+def test_a_keeper_of_both_institutions_keeps_accounts_that_see_both(
+    any_site: Site,
+) -> None:
+    any_site.add("consult", "reviewer", tenant="b", readable=("default",))
+    keeper = keeper_of(any_site, "b", readable=("default",))
+
+    roles = f"{ACCOUNTS}/consult/roles"
+    assert keeper.request("PUT", roles, AS_RADIOLOGIST).status == 204
+    for path in ("reset-password", "reset-totp", "disable", "enable"):
+        assert keeper.post(f"{ACCOUNTS}/consult/{path}").status in {200, 204}, path
+
+
+def test_a_name_that_is_taken_does_not_say_by_whom(any_site: Site) -> None:
+    any_site.add("rad", "radiologist")
+    any_site.add("near", "clinician", tenant="b")
+    any_site.token("his", "clinician")
+    any_site.token("near", "clinician", tenant="b")
+    keeper = keeper_of(any_site, "b")
+
+    answers = [
+        keeper.post(path, {"name": name, "roles": ["clinician"]})
+        for path, name in (
+            (ACCOUNTS, "rad"),
+            (ACCOUNTS, "near"),
+            ("/api/v1/tokens", "his"),
+            ("/api/v1/tokens", "near"),
+        )
+    ]
+
+    assert [one.status for one in answers] == [409] * 4
+    assert len({one.json()["detail"] for one in answers}) == 1
+    for name in ("rad", "nobody"):
+        assert keeper.post(f"{ACCOUNTS}/{name}/disable").status == 404
 
 
 # -- DIMSE

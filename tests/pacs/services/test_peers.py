@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import orjson
 import pytest
@@ -140,7 +141,7 @@ def test_a_change_is_recorded_with_what_was_and_what_is(
 
 def test_a_change_that_cannot_be_recorded_does_not_happen(database: Database) -> None:
     class Down:
-        def record_in(self, _connection: Connection, _event: AuditEvent) -> None:
+        def record_in(self, _connection: Connection, _event: AuditEvent) -> NoReturn:
             raise DependencyDown("audit: down")
 
     by = AuditEvent(action="administer", actor="lin")
