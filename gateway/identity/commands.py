@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gateway.options import Config, Data, opened, settings_for
+from gateway.options import Http as HttpOption
 from storage.kernel.errors import InvalidParameter, NotFound
 from storage.kernel.types import DEFAULT_TENANT, Actor, PatientKey
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gateway.identity.grants import TokenRow
     from gateway.identity.recording import Origin
     from gateway.identity.repository import AccountRow
+    from storage.kernel.settings import Http
 
 user_app = typer.Typer(help="Accounts of people.", no_args_is_help=True)
 token_app = typer.Typer(help="Tokens of machines.", no_args_is_help=True)
@@ -49,26 +51,30 @@ def init(
         str, typer.Option(help="Name of the first account.", metavar="NAME")
     ] = "admin",
     tenant: Tenant = DEFAULT_TENANT,
+    http: HttpOption = None,
     data: Data = None,
     config: Config = None,
 ) -> None:
     """Make the database and the first administrator; print his password, once."""
     from gateway.identity.services import NewAccount
 
-    with opened(settings_for(data, config), make=True) as node:
+    with opened(settings_for(data, config, http=http), make=True) as node:
         password = node.identity.accounts.add(
             _operator(),
             NewAccount(admin, tenant, FIRST_ROLES, "first administrator"),
             _origin(),
             first=True,
         )
-        base = node.settings.http.external_url.rstrip("/")
-        web = base or f"http://{node.settings.http.host}:{node.settings.http.port}"
+        web = _web_address(node.settings.http)
     _print_password(admin.strip().lower(), password)
     typer.echo(
         f"Start the node with `huying serve`, open {web}/ and log in: the page asks"
         " for a password of your own and sets up a second factor.\n"
-        "More accounts: `huying user add NAME --role radiologist`."
+        f"{admin.strip().lower()} keeps the node and its archive, for the start:"
+        f" {' and '.join(FIRST_ROLES)}.\n"
+        "Give everybody an account with the roles of their work, and part these two:"
+        " `huying user add NAME --role radiologist`;\n"
+        "`huying user roles NAME --role ROLE` changes them."
     )
 
 
@@ -218,6 +224,15 @@ def _operator() -> Actor:
     from gateway.console import operator
 
     return operator()
+
+
+def _web_address(http: Http) -> str:
+    """Return where a browser on this machine, or behind the proxy, finds the page."""
+    if http.external_url:
+        return http.external_url.rstrip("/")
+    # Listening on all addresses is no address to open.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(http.host, http.host)  # noqa: S104
+    return f"http://{f'[{host}]' if ':' in host else host}:{http.port}"
 
 
 def _origin() -> Origin:

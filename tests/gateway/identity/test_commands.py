@@ -85,6 +85,30 @@ def test_the_first_start_makes_an_administrator_once(tmp_path: Path) -> None:
     assert password not in str(shell.rows("SELECT * FROM audit_record"))
 
 
+@pytest.mark.parametrize(
+    ("words", "settings", "shown"),
+    [
+        ([], "", "http://127.0.0.1:8080/"),
+        ([], "host = '10.1.2.3'\nport = 8042", "http://10.1.2.3:8042/"),
+        ([], "host = '0.0.0.0'\nport = 81", "http://127.0.0.1:81/"),
+        ([], "host = '::'", "http://[::1]:8080/"),
+        ([], "external_url = 'https://pacs.example/'", "https://pacs.example/"),
+        (["--http", "10.1.2.3:99"], "port = 8042", "http://10.1.2.3:99/"),
+    ],
+)
+def test_the_first_start_says_where_to_go_and_what_the_account_is_for(
+    tmp_path: Path, words: list[str], settings: str, shown: str
+) -> None:
+    config = tmp_path / "huying.toml"
+    config.write_text(f"[http]\n{settings}\n")
+
+    output = Shell(tmp_path / "data")("init", *words, "--config", str(config))
+
+    assert f" {shown} " in output
+    assert "administrator and archive_manager" in output
+    assert "huying user add" in output
+
+
 def test_no_two_nodes_have_the_same_first_password(tmp_path: Path) -> None:
     made = {password_in(Shell(tmp_path / str(n))("init")) for n in range(3)}
 
