@@ -104,6 +104,8 @@ class ImportRecording:
             done = ImportSummary()
         elif not done.ok:
             reason = done.stopped or f"{done.n_rejected} files rejected"
+        # What was stored stands before the end.
+        self._trail.flush()
         self._trail.record_now(
             replace(
                 self._event,

@@ -98,6 +98,7 @@ def test_an_import_is_recorded_by_study_with_its_end(
     told = {name: ended["detail"][name] for name in ("stored", "duplicate", "rejected")}
     assert told == {"stored": 5, "duplicate": 0, "rejected": 1}
     assert (well["outcome"], well["detail"]["duplicate"]) == ("allow", 1)
+    assert max(one["sequence"] for one in stored) < well["sequence"]
 
 
 def test_an_import_ends_where_it_cannot_be_recorded(

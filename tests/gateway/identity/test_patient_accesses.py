@@ -42,6 +42,7 @@ READS = (
     f"{INSTANCE}/frames/1",
     f"{INSTANCE}/rendered",
     WADO_URI,
+    f"/api/v1/instances/{uid(1, 1, 1)}/file",
     f"/api/v1/viewer/manifest/{uid(1)}",
 )
 
