@@ -26,7 +26,8 @@ from storage.audit.chain import GENESIS, Head, Keyring
 from storage.audit.event import AuditEvent, detail_text
 from storage.audit.findings import Damage, Finding, Verification, mark
 from storage.audit.keys import Memory, Seen
-from storage.audit.verify import ACCEPT, ACCEPTED, mark_of
+from storage.audit.reading import mark_of
+from storage.audit.verify import ACCEPT, ACCEPTED
 from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
 from storage.kernel.errors import Conflict, InvalidParameter

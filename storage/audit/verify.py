@@ -31,14 +31,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, LargeBinary, Select, cast, func, select
+from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import OperationalError
 
-from storage.audit import chain
+from storage.audit import chain, reading
 from storage.audit.append import as_bytes, as_number, head_of
 from storage.audit.chain import ALGORITHMS, CONTENT, Head, Sealer
 from storage.audit.event import clean
-from storage.audit.findings import LISTED, Damage, Verification, mark
+from storage.audit.findings import LISTED, Damage, Verification
 from storage.audit.keys import Memory
 from storage.db.engine import Database
 from storage.db.tables import AuditAnchor, AuditRecord, AuditStream
@@ -49,16 +49,6 @@ CHUNK = 5000
 #: Action of a record that accepts damages, and what in its detail names them.
 ACCEPT = "audit.accept"
 ACCEPTED = "accepted"
-#: Before every sequence number.
-_BEGINNING = -(2**63)
-
-_COLUMNS = (
-    *(getattr(AuditRecord, name) for name in CONTENT),
-    AuditRecord.hash,
-    AuditRecord.key_id,
-    AuditRecord.mac,
-)
-_RECORD = select(*_COLUMNS)
 _ALG = CONTENT.index("alg")
 _FORMAT = CONTENT.index("format")
 _SEQUENCE = CONTENT.index("sequence")
@@ -119,7 +109,7 @@ class ChainVerifier:
         run = _Run(Verification(stream), self._keys)
         # Before any record is read: what is remembered by now is committed.
         run.know(memory, noted or {})
-        after: Any = _BEGINNING
+        after: Any = reading.BEGINNING
         while True:
             with self._snapshot() as connection:
                 # Order matters: the base is that of the chain that is read.
@@ -149,13 +139,13 @@ class ChainVerifier:
         """Return the next records that can be read, and the place after them."""
         for size in (CHUNK, 1):
             try:
-                rows = connection.execute(_records(stream, after, size)).all()
+                rows = connection.execute(reading.records(stream, after, size)).all()
             except OperationalError:
                 continue
             return (rows[-1][_SEQUENCE] if rows else after), rows
         # SQLite lets text be stored that is none.
-        sequence = connection.execute(_sequences(stream, after)).scalar_one()
-        run.unreadable(sequence, _bytes_of(connection, stream, sequence))
+        sequence = connection.execute(reading.sequences(stream, after)).scalar_one()
+        run.unreadable(sequence, reading.bytes_of(connection, stream, sequence))
         return self._next(connection, stream, sequence, run)
 
 
@@ -206,37 +196,6 @@ def _head(connection: Connection, stream: str) -> Any:
     return connection.execute(
         select(AuditStream).where(AuditStream.stream == stream)
     ).first()
-
-
-def _records(stream: str, after: Any, size: int) -> Select[Any]:
-    return (
-        _RECORD.where(AuditRecord.stream == stream, AuditRecord.sequence > after)
-        .order_by(AuditRecord.sequence)
-        .limit(size)
-    )
-
-
-def _bytes_of(connection: Connection, stream: str, sequence: Any) -> Sequence[Any]:
-    """Return the bytes of a record that the database cannot read as what it is."""
-    columns = (cast(column, LargeBinary) for column in _COLUMNS)
-    query = select(*columns).where(
-        AuditRecord.stream == stream, AuditRecord.sequence == sequence
-    )
-    return connection.execute(query).one()
-
-
-def mark_of(connection: Connection, stream: str, sequence: int) -> str:
-    """Return the mark of a damage that is this record, as it is now."""
-    return mark(*connection.execute(_records(stream, sequence - 1, 1)).one())
-
-
-def _sequences(stream: str, after: Any) -> Select[Any]:
-    return (
-        select(AuditRecord.sequence)
-        .where(AuditRecord.stream == stream, AuditRecord.sequence > after)
-        .order_by(AuditRecord.sequence)
-        .limit(1)
-    )
 
 
 class _Run:
@@ -416,7 +375,7 @@ class _Run:
 
     def anchors(self, connection: Connection, rows: Sequence[Any]) -> None:
         """Take in the anchors that concern `rows`, and what is missing before."""
-        query = _anchors(self.done.stream).where(
+        query = reading.anchors(self.done.stream).where(
             AuditAnchor.sequence > self._last,
             AuditAnchor.sequence <= rows[-1][_SEQUENCE],
         )
@@ -450,7 +409,7 @@ class _Run:
         """Hold the end of the chain against all that says where it should be."""
         last = self._last
         self._end_at_head(row)
-        beyond = _anchors(self.done.stream).where(AuditAnchor.sequence > last)
+        beyond = reading.anchors(self.done.stream).where(AuditAnchor.sequence > last)
         for anchor in connection.execute(beyond.limit(LISTED)):
             if self._is_signed(anchor):
                 detail = f"an anchor signs record {anchor.sequence}"
@@ -514,11 +473,3 @@ class _Run:
 def _unknown(what: str, key_id: Any) -> str:
     # Whoever changed the database may have put anything there.
     return f"{what} signed with key {clean(str(key_id), 32)}, which is not here"
-
-
-def _anchors(stream: str) -> Select[Any]:
-    return (
-        select(AuditAnchor)
-        .where(AuditAnchor.stream == stream)
-        .order_by(AuditAnchor.sequence)
-    )
