@@ -30,13 +30,16 @@ offset bytes meaning
 ====== ===== =====================================================
 
 A frame that cannot be read is flagged as failed: what follows is its reason in UTF-8,
-or zeros where its length had been announced. The last record has the flag end and no
-bytes; a stream without it was cut off.
+or zeros where its length had been announced. It is announced only for frames that do
+not show beforehand that they fail, and a stream whose announced frames are out of all
+proportion to what is stored is refused (``limits.stream_ratio``, ``stream_bytes``).
+The last record has the flag end and no bytes; a stream without it was cut off.
 """
 
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -55,6 +58,7 @@ REDUCED: Final = 2
 END: Final = 0x8000
 #: Small pieces are joined up to this, so that each is worth a packet.
 GATHER: Final = 256 * 1024
+GATHER_SECONDS: Final = 0.25
 _ZEROS: Final = bytes(64 * 1024)
 
 
@@ -94,12 +98,16 @@ def stream(
 ) -> Iterator[bytes]:
     """Yield the stream from position `start`; a frame is read when its turn comes."""
     pending = bytearray(beginning)
+    sent = time.monotonic()
     for position in range(start, len(frames.places)):
         for piece in _record(source, frames, position):
             pending += piece
-            if len(pending) >= GATHER:
+            # In time too: who takes it may have left, which shows when it is sent.
+            late = time.monotonic() - sent > GATHER_SECONDS
+            if len(pending) >= GATHER or late:
                 yield bytes(pending)
                 pending.clear()
+                sent = time.monotonic()
     pending += RECORD.pack(0xFFFFFFFF, 0, 0, 0, END, 0, 0, 0)
     yield bytes(pending)
 

@@ -23,6 +23,8 @@ from viewer.sources import PlaneView, ProjectionView
 
 #: Nothing in or around a patient is farther away (mm).
 FAR = 100_000.0
+#: Of volume renderings: it is made for values of any unit.
+PRESET = "surface"
 Millimetres = Annotated[FiniteFloat, Field(ge=-FAR, le=FAR)]
 Distance = Annotated[FiniteFloat, Field(ge=0.001, le=1000.0)]
 Size = Annotated[int, Field(ge=1, le=8192, strict=True)]
@@ -77,7 +79,9 @@ class RenderBody(_Body):
     window: Window | None = None
     invert: bool = Field(default=False, strict=True)
 
-    preset: Annotated[str, Field(pattern=r"^[a-z-]{1,32}$")] | None = None
+    preset: Annotated[str, Field(pattern=r"^[a-z-]{1,32}$")] | None = Field(
+        None, description=f"of a volume rendering; else {PRESET}"
+    )
     azimuth: FiniteFloat = Field(0.0, ge=-3600, le=3600, description="degrees")
     elevation: FiniteFloat = Field(0.0, ge=-90, le=90, description="degrees")
     zoom: FiniteFloat = Field(1.0, ge=0.1, le=20)
@@ -90,8 +94,6 @@ class RenderBody(_Body):
         wrong = sorted(of_other & self.model_fields_set)
         if wrong:
             raise ValueError(f"{wrong[0]} does not belong to a {self.kind}")
-        if volume and self.preset is None:
-            raise ValueError("a volume needs a preset")
         if volume and self.format == "int16":
             raise ValueError("a volume rendering has no values: not int16")
         oblique = isinstance(self.plane, PlaneBody)
@@ -103,7 +105,7 @@ class RenderBody(_Body):
         """Return what is asked for."""
         if self.kind == "volume":
             return ProjectionView(
-                preset=self.preset or "",
+                preset=self.preset or PRESET,
                 azimuth=self.azimuth,
                 elevation=self.elevation,
                 zoom=self.zoom,

@@ -53,6 +53,16 @@ def build(
     for prefix, router in routers:
         app.include_router(router, prefix=prefix)
     app.dependency_overrides.update(dependencies)
+    handle_errors(app)
+    app.add_middleware(Gate, **gate)
+    if open_access:
+        app.add_middleware(LoopbackOnly, allowed_hosts=allowed_hosts)
+    app.add_middleware(Timing)
+    return app
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Answer errors as problems; log once what broke off or nobody expected."""
     handlers: Mapping[type[Exception], ExceptionHandler] = {
         ImagingError: _ours,
         RequestValidationError: _malformed,
@@ -62,11 +72,7 @@ def build(
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
-    app.add_middleware(Gate, **gate)
-    if open_access:
-        app.add_middleware(LoopbackOnly, allowed_hosts=allowed_hosts)
-    app.add_middleware(Timing)
-    return app
+    logging.getLogger("uvicorn.error").addFilter(_is_untold)
 
 
 def _ours(_request: Request, error: Exception) -> Response:
@@ -91,6 +97,30 @@ def _left(_request: Request, _error: Exception) -> Response:
     return problem_response(InvalidParameter("body", "cut off"))
 
 
-def _unforeseen(_request: Request, error: Exception) -> Response:
-    log.error("request failed", exc_info=error, extra={"event": "http.failed"})
+def _unforeseen(request: Request, error: Exception) -> Response:
+    """Log what nobody expected, once; answer 500 if nothing was answered yet."""
+    error.told = True  # type: ignore[attr-defined]
+    route = getattr(request.scope.get("route"), "path", "none")
+    found: BaseException = error
+    if isinstance(error, RuntimeError) and "already started" in str(error):
+        # The framework only says that it came when the answer had begun.
+        found = error.__cause__ or error
+    if isinstance(found, ImagingError):
+        log.warning(
+            "an answer broke off: %s",
+            found,
+            extra={"event": "http.broken_off", "code": found.code, "route": route},
+        )
+    else:
+        log.error(
+            "request failed",
+            exc_info=found,
+            extra={"event": "http.failed", "route": route},
+        )
     return problem_response(error)
+
+
+def _is_untold(record: logging.LogRecord) -> bool:
+    """Leave out what the server logs once more on its way up."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not getattr(error, "told", False)

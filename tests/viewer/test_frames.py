@@ -9,12 +9,16 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import JPEGLSLossless
 
+from pacs.services import volumes_stream
 from tests.support import corpus
 from tests.support.archive import ADMIN
 from tests.support.datasets import a_study, ct_slice, uid
-from tests.support.viewing import Viewing
+from tests.support.viewing import Viewing, viewing_archive
 from tests.support.volumes import Phantom
+from tests.support.wado import compressed
 from viewer.framing import END, FAILED, HEAD, MAGIC, RECORD, REDUCED
 
 SERIES = f"/series/{uid(1, 1)}/frames.bin"
@@ -176,8 +180,10 @@ def test_series_without_frames_are_not_there(viewing: Viewing) -> None:
     assert viewing.get(SERIES).status == 404
 
 
-def test_a_damaged_frame_is_flagged_and_the_others_come(viewing: Viewing) -> None:
-    """Its announced length is kept, so that what follows stays where it belongs."""
+def test_a_frame_that_is_too_short_is_flagged_and_the_others_come(
+    viewing: Viewing,
+) -> None:
+    """It shows beforehand: its reason comes instead of zeros."""
     good, bad = ct_slice(number=1), ct_slice(number=2)
     bad.PixelData = bad.PixelData[:1000]
     viewing.archive.store_all([good, bad, ct_slice(number=3)])
@@ -186,8 +192,108 @@ def test_a_damaged_frame_is_flagged_and_the_others_come(viewing: Viewing) -> Non
 
     assert [one.flags for one in stream.records] == [0, FAILED, 0]
     assert stream.records[0].body == good.PixelData
-    assert set(stream.records[1].body) == {0}
+    assert stream.records[1].body.startswith(b"not_found")
     assert stream.ended
+
+
+def in_jpegls(ds: Dataset, cut: int | None = None, **values: Any) -> bytes:
+    """Return a slice in JPEG-LS as a file, cut off after so many bytes."""
+    pixels = np.frombuffer(ds.PixelData, "<u2").reshape(ds.Rows, ds.Columns)
+    encoded = bytes(imagecodecs.jpegls_encode(pixels))[:cut]
+    for name, value in values.items():
+        setattr(ds, name, value)
+    return compressed(ds, [encoded], JPEGLSLossless)
+
+
+def test_a_damaged_frame_keeps_its_announced_length(viewing: Viewing) -> None:
+    """What follows stays where it belongs: zeros are in its place."""
+    good = ct_slice(number=1)
+    for number, cut in ((1, None), (2, 60), (3, None)):
+        viewing.archive.store(in_jpegls(ct_slice(number=number), cut))
+
+    answer = viewing.get(f"{SERIES}?order=ascending&form=raw")
+
+    stream = parse(answer.body)
+    assert [one.flags for one in stream.records] == [0, FAILED, 0]
+    assert stream.records[1].body == bytes(len(good.PixelData))
+    assert int(answer.headers["content-length"]) == len(answer.body)
+
+
+@pytest.mark.parametrize("frames", [1, 100_000])
+@pytest.mark.parametrize("side", [4096, 60_000])
+def test_what_a_code_stream_is_not_is_told_in_a_few_bytes(
+    viewing: Viewing, frames: int, side: int
+) -> None:
+    """60,000 x 60,000 is beyond all decoding; the header says neither is there."""
+    viewing.archive.store(
+        in_jpegls(ct_slice(), Rows=side, Columns=side, NumberOfFrames=frames)
+    )
+
+    answer = viewing.get(f"{SERIES}?form=raw")
+
+    stream = parse(answer.body)
+    assert [one.flags for one in stream.records] == [FAILED]
+    assert len(answer.body) < 2000
+    assert stream.ended
+
+
+def test_native_claims_are_told_in_a_few_bytes(viewing: Viewing) -> None:
+    viewing.archive.store_all(
+        [
+            ct_slice(
+                Rows=60_000, Columns=60_000, NumberOfFrames=100_000, BitsAllocated=1,
+                BitsStored=1, HighBit=0,
+            ),
+            ct_slice(number=2, Rows=60_000, Columns=60_000),
+        ]
+    )  # fmt: skip
+
+    answer = viewing.get(SERIES)
+
+    assert parse(answer.body).ended
+    assert len(answer.body) < 2000
+
+
+def black(number: int, side: int) -> bytes:
+    """Return a black image that is next to nothing in JPEG-LS."""
+    pixels = np.zeros((side, side), "<u2")
+    ds = ct_slice(number=number, Rows=side, Columns=side, PixelData=pixels.tobytes())
+    return in_jpegls(ds)
+
+
+def test_what_is_out_of_proportion_to_what_is_stored_is_refused(
+    viewing: Viewing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(volumes_stream, "PLAIN", 1 << 20)
+    viewing.archive.store(black(1, 4096))
+
+    refused = viewing.get(f"{SERIES}?form=raw")
+    stored = viewing.get(SERIES)
+
+    assert refused.status == 413
+    assert "stream_ratio" in refused.json()["detail"]
+    assert parse(stored.body).records[0].flags == 0
+
+
+def test_black_images_are_no_attack(viewing: Viewing) -> None:
+    viewing.archive.store(black(1, 4096))
+
+    stream = parse(viewing.get(f"{SERIES}?form=raw").body)
+
+    assert stream.records[0].body == bytes(2 * 4096 * 4096)
+
+
+def test_a_stream_has_a_limit_in_bytes(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    settings = {"limits": {"stream_bytes": 1 << 20}}
+    with viewing_archive(tmp_path_factory.mktemp("short"), **settings) as made:
+        made.archive.store(black(1, 1024))
+
+        refused = made.get(f"{SERIES}?form=raw")
+
+    assert refused.status == 413
+    assert "stream_bytes" in refused.json()["detail"]
 
 
 def test_frames_of_the_chest_ct_come_as_stored_or_decoded(chest: Viewing) -> None:
